@@ -1,0 +1,3 @@
+//! The graph.
+pub mod id;
+pub mod tensor;

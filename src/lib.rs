@@ -1,0 +1,2 @@
+//! vitrim.
+pub mod graph;
