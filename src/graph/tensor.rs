@@ -9,8 +9,32 @@ use bytes::Bytes;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(missing_docs, reason = "the names say it")]
 pub enum DType {
-    F32, U8, I8, U16, I16, I32, I64, String, Bool, F16, F64, U32, U64, C64, C128, BF16,
-    F8E4M3FN, F8E4M3FNUZ, F8E5M2, F8E5M2FNUZ, U4, I4, F4E2M1, F8E8M0, U2, I2,
+    F32,
+    U8,
+    I8,
+    U16,
+    I16,
+    I32,
+    I64,
+    String,
+    Bool,
+    F16,
+    F64,
+    U32,
+    U64,
+    C64,
+    C128,
+    BF16,
+    F8E4M3FN,
+    F8E4M3FNUZ,
+    F8E5M2,
+    F8E5M2FNUZ,
+    U4,
+    I4,
+    F4E2M1,
+    F8E8M0,
+    U2,
+    I2,
 }
 
 /// All element types in the order of their ONNX numbers, which start at 1.
@@ -62,11 +86,32 @@ impl DType {
     pub fn name(self) -> &'static str {
         use DType::*;
         match self {
-            F32 => "float32", U8 => "uint8", I8 => "int8", U16 => "uint16", I16 => "int16", I32 => "int32", I64 => "int64",
-            String => "string", Bool => "bool", F16 => "float16", F64 => "float64", U32 => "uint32", U64 => "uint64",
-            C64 => "complex64", C128 => "complex128", BF16 => "bfloat16", F8E4M3FN => "float8e4m3fn",
-            F8E4M3FNUZ => "float8e4m3fnuz", F8E5M2 => "float8e5m2", F8E5M2FNUZ => "float8e5m2fnuz", U4 => "uint4",
-            I4 => "int4", F4E2M1 => "float4e2m1", F8E8M0 => "float8e8m0", U2 => "uint2", I2 => "int2",
+            F32 => "float32",
+            U8 => "uint8",
+            I8 => "int8",
+            U16 => "uint16",
+            I16 => "int16",
+            I32 => "int32",
+            I64 => "int64",
+            String => "string",
+            Bool => "bool",
+            F16 => "float16",
+            F64 => "float64",
+            U32 => "uint32",
+            U64 => "uint64",
+            C64 => "complex64",
+            C128 => "complex128",
+            BF16 => "bfloat16",
+            F8E4M3FN => "float8e4m3fn",
+            F8E4M3FNUZ => "float8e4m3fnuz",
+            F8E5M2 => "float8e5m2",
+            F8E5M2FNUZ => "float8e5m2fnuz",
+            U4 => "uint4",
+            I4 => "int4",
+            F4E2M1 => "float4e2m1",
+            F8E8M0 => "float8e8m0",
+            U2 => "uint2",
+            I2 => "int2",
         }
     }
 }
@@ -242,7 +287,9 @@ mod tests {
 
     #[test]
     fn numbers_of_types_are_those_of_onnx() {
-        for (d, n) in [(DType::F32, 1), (DType::I64, 7), (DType::Bool, 9), (DType::BF16, 16), (DType::I4, 22), (DType::F4E2M1, 23)] {
+        for (d, n) in
+            [(DType::F32, 1), (DType::I64, 7), (DType::Bool, 9), (DType::BF16, 16), (DType::I4, 22), (DType::F4E2M1, 23)]
+        {
             assert_eq!((d.to_onnx(), DType::from_onnx(n)), (n, Some(d)));
         }
         assert_eq!((DType::from_onnx(0), DType::from_onnx(77)), (None, None));
