@@ -2,6 +2,7 @@
 //!
 //! In: what `onnx::read` found, or what a stage builds. Out: a [`Graph`] in which [`check::check`] finds no violation.
 
+pub mod build;
 pub mod check;
 pub mod edit;
 pub mod id;

@@ -1,0 +1,2 @@
+//! Which axes must be cut together.
+pub mod relation;

@@ -1,0 +1,93 @@
+//! What each operator means: one record per operator, one file per family.
+//!
+//! A record has five rules: `infer` (shapes and small contents), `axes` (which axes go together), `grad`, `cost` (MACs) and
+//! `refit` (what changes in the node when its axes were cut). Every field must be written; "not supported" is a value with a
+//! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
+
+pub mod softmax;
+
+use crate::autodiff::GradCx;
+use crate::axes::relation::{AxesCx, Relations};
+use crate::graph::Node;
+use crate::infer::{Dim, Fact, InferCx, InferError};
+use crate::slice::refit::{RefitCx, RefitError};
+
+/// Everything that is known of one operator.
+pub struct OpRule {
+    /// Operator type.
+    pub name: &'static str,
+    /// Operator domain; the default domain is the empty string.
+    pub domain: &'static str,
+    /// The opsets whose definitions the rules were written from, first and last.
+    pub opsets: (i64, i64),
+    /// Facts of the outputs.
+    pub infer: fn(&InferCx<'_>) -> Result<Vec<Fact>, InferError>,
+    /// Relations between axes.
+    pub axes: Axes,
+    /// Gradients.
+    pub grad: Grad,
+    /// Multiply-accumulates.
+    pub cost: Cost,
+    /// What must change in the node when its axes were cut.
+    pub refit: Refit,
+}
+
+/// How an operator relates the axes of its inputs and outputs.
+pub enum Axes {
+    /// By this rule.
+    Rule(fn(&AxesCx<'_>) -> Relations),
+    /// Not at all: a barrier on every axis, for this reason.
+    Barrier(&'static str),
+    /// Its outputs depend on shapes only, never on content: no relation and no barrier (Shape).
+    ShapeOnly,
+}
+
+/// Gradient of an operator.
+pub enum Grad {
+    /// By this rule, which appends nodes to the training graph.
+    Rule(fn(&mut GradCx<'_>) -> Result<(), String>),
+    /// Its outputs do not depend smoothly on its inputs: the gradient is zero (Shape, Equal).
+    Zero,
+    /// Unknown, for this reason.
+    No(&'static str),
+}
+
+/// Multiply-accumulates of an operator, per run.
+pub enum Cost {
+    /// None: elementwise work and data movement are not counted.
+    Free,
+    /// By this rule.
+    Rule(fn(&CostCx<'_>) -> Option<Dim>),
+}
+
+/// What a cut changes in the node itself.
+pub enum Refit {
+    /// Nothing: all sizes follow from the inputs.
+    Nothing,
+    /// By this rule.
+    Rule(fn(&mut RefitCx<'_>) -> Result<(), RefitError>),
+}
+
+/// What a `cost` rule sees: shapes before or after a cut.
+pub struct CostCx<'a> {
+    /// The node.
+    pub node: &'a Node,
+    /// Shape of each input, where known.
+    pub inputs: Vec<Option<&'a [Dim]>>,
+    /// Shape of each output, where known.
+    pub outputs: Vec<Option<&'a [Dim]>>,
+}
+
+/// One slice of records per family.
+static FAMILIES: &[&[OpRule]] = &[softmax::RULES];
+
+/// All records.
+pub fn all() -> impl Iterator<Item = &'static OpRule> {
+    FAMILIES.iter().flat_map(|f| f.iter())
+}
+
+/// The record of an operator. `ai.onnx` and the empty string both mean the default domain.
+pub fn lookup(domain: &str, op: &str) -> Option<&'static OpRule> {
+    let domain = if domain == "ai.onnx" { "" } else { domain };
+    all().find(|r| r.name == op && r.domain == domain)
+}

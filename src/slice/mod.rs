@@ -1,0 +1,2 @@
+//! Cuts the weights.
+pub mod refit;

@@ -1,0 +1,84 @@
+//! What an operator's `refit` rule sees and may do: the node's axes were cut, its attributes and shape constants follow.
+
+use crate::graph::{AttrValue, Graph, Node, NodeId, ValueId};
+use crate::infer::{Dim, Facts};
+
+/// Why a node could not follow a cut. Reaching this is a fault of the axis rules: the plan should have been refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("node {node} ({op}) cannot follow the cut: {what}")]
+pub struct RefitError {
+    /// The node's label.
+    pub node: String,
+    /// Its operator.
+    pub op: String,
+    /// What does not fit.
+    pub what: String,
+}
+
+/// What a `refit` rule sees. Weights were already cut; old facts describe the graph before the cut.
+pub struct RefitCx<'a> {
+    pub(crate) graph: &'a mut Graph,
+    pub(crate) id: NodeId,
+    pub(crate) facts: &'a Facts,
+    /// Positions of the old axis that stay, in order, for axes that lost some.
+    pub(crate) kept: &'a dyn Fn(ValueId, usize) -> Option<&'a [usize]>,
+    /// Constants that the operator asked to replace: (input slot, new integers where they change).
+    pub(crate) patches: Vec<(usize, Vec<(usize, i64)>)>,
+}
+
+impl<'a> RefitCx<'a> {
+    /// The node.
+    pub fn node(&self) -> &Node {
+        self.graph.node(self.id)
+    }
+
+    /// Opset of the node's domain.
+    pub fn opset(&self) -> i64 {
+        self.graph.opset(self.node().domain()).unwrap_or(0)
+    }
+
+    /// Shape of input `slot` before the cut; empty where it is left out or unknown.
+    pub fn old_input(&self, slot: usize) -> &'a [Dim] {
+        self.node().input(slot).and_then(|v| self.facts.shape(v)).unwrap_or(&[])
+    }
+
+    /// Shape of output `slot` before the cut; empty where it is left out or unknown.
+    pub fn old_output(&self, slot: usize) -> &'a [Dim] {
+        self.node().output(slot).and_then(|v| self.facts.shape(v)).unwrap_or(&[])
+    }
+
+    /// Integers that input `slot` held before the cut, where known (entries may be symbols).
+    pub fn old_ints(&self, slot: usize) -> Option<&'a [Dim]> {
+        self.facts.get(self.node().input(slot)?).known.as_ref()?.ints()
+    }
+
+    /// Positions that stay of an input's axis; `None` where the axis is whole.
+    pub fn kept_input(&self, slot: usize, axis: usize) -> Option<&'a [usize]> {
+        (self.kept)(self.node().input(slot)?, axis)
+    }
+
+    /// Positions that stay of an output's axis; `None` where the axis is whole.
+    pub fn kept_output(&self, slot: usize, axis: usize) -> Option<&'a [usize]> {
+        (self.kept)(self.node().output(slot)?, axis)
+    }
+
+    /// Sets an attribute.
+    pub fn set_attr(&mut self, name: &str, value: AttrValue) {
+        self.graph.set_attr(self.id, name, value);
+    }
+
+    /// Gives some entries of the integer vector at input `slot` new values: `(entry, value)`.
+    ///
+    /// The engine finds the cheapest form: the constant is replaced (cloned first where others read it), or the piece of the
+    /// Concat that the entry comes from is, or a Where behind the run-time arithmetic puts the numbers in.
+    pub fn patch_ints(&mut self, slot: usize, entries: Vec<(usize, i64)>) {
+        if !entries.is_empty() {
+            self.patches.push((slot, entries));
+        }
+    }
+
+    /// The error of this node.
+    pub fn error(&self, what: impl Into<String>) -> RefitError {
+        RefitError { node: self.graph.label(self.id), op: self.node().op().to_string(), what: what.into() }
+    }
+}
