@@ -6,3 +6,4 @@ pub mod graph;
 pub mod infer;
 pub mod ops;
 pub mod slice;
+pub mod supernet;

@@ -67,6 +67,22 @@ pub fn add_input(graph: &mut Graph, name: &str, dtype: DType, dims: Vec<Declared
     Ok(id)
 }
 
+/// Makes a value that nothing produces any more a graph input with exactly this name.
+///
+/// Errors: the name belongs to a graph input or output.
+pub(crate) fn make_input(
+    graph: &mut Graph,
+    value: ValueId,
+    name: &str,
+    dtype: DType,
+    dims: Vec<DeclaredDim>,
+) -> Result<(), AutodiffError> {
+    free_name(graph, name)?;
+    graph.rename(value, name);
+    graph.add_input(value, declare(dtype, dims));
+    Ok(())
+}
+
 /// Makes `value` a graph output with exactly this name; a copy where it is already an input, an output or a constant.
 ///
 /// Errors: the name belongs to a graph input or output.

@@ -8,7 +8,7 @@ pub mod context;
 pub mod cuda;
 pub mod interface;
 pub mod loss;
-mod sweep;
+pub(crate) mod sweep;
 pub mod update;
 
 pub use context::GradCx;

@@ -39,7 +39,7 @@ pub fn differentiate(
 }
 
 /// Values that depend on `wrt` and on which the loss depends, both through float values and smooth operators only.
-fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[ValueId]) -> SideMap<ValueId, bool> {
+pub(crate) fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[ValueId]) -> SideMap<ValueId, bool> {
     let mut active = SideMap::filled(graph.value_count(), false);
     for v in wrt {
         active[*v] = true;
