@@ -1,7 +1,9 @@
 //! vitrim makes an exported vision transformer smaller, on the ONNX file itself, and proves the result.
 
+pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
+pub mod cost;
 pub mod graph;
 pub mod infer;
 pub mod ops;

@@ -103,6 +103,16 @@ impl Facts {
         &self.values[id]
     }
 
+    /// Number of values that there are facts of.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     /// The shape of a value, where its rank is known.
     pub fn shape(&self, id: ValueId) -> Option<&[Dim]> {
         self.values[id].shape.as_deref()
@@ -137,6 +147,12 @@ pub struct InferCx<'a> {
 static NOTHING: Fact = Fact { dtype: None, shape: None, known: None };
 
 impl<'a> InferCx<'a> {
+    /// The context of a node with the given facts of its inputs.
+    pub(crate) fn with_inputs(graph: &'a Graph, id: NodeId, inputs: Vec<Option<&'a Fact>>) -> Self {
+        let node = graph.node(id);
+        Self { node, id, opset: graph.opset(node.domain()).unwrap_or(0), graph, inputs }
+    }
+
     /// The fact of input `slot`; an empty fact where the input is left out.
     pub fn input(&self, slot: usize) -> &'a Fact {
         self.inputs.get(slot).copied().flatten().unwrap_or(&NOTHING)
@@ -211,9 +227,7 @@ pub fn facts(graph: &Graph) -> Result<Facts, InferError> {
     }
     for (id, node) in graph.nodes() {
         let outputs = {
-            let inputs = node.inputs().iter().map(|v| v.map(|v| &values[v])).collect();
-            let opset = graph.opset(node.domain()).unwrap_or(0);
-            let cx = InferCx { node, id, opset, graph, inputs };
+            let cx = InferCx::with_inputs(graph, id, node.inputs().iter().map(|v| v.map(|v| &values[v])).collect());
             match ops::lookup(node.domain(), node.op()) {
                 Some(rule) => (rule.infer)(&cx)?,
                 None => Vec::new(),

@@ -4,6 +4,7 @@
 //! `refit` (what changes in the node when its axes were cut). Every field must be written; "not supported" is a value with a
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
+pub mod attention;
 pub mod softmax;
 
 use crate::autodiff::GradCx;

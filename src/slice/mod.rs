@@ -1,2 +1,224 @@
-//! Cuts the weights.
+//! Graph + Anatomy + kept units -> a smaller graph.
+//!
+//! In: the graph as it was read, its facts and anatomy, and the units kept. Out: [`Sliced`], the graph with the units gone and an
+//! account of what was cut. Example: half of the `mlp` of a block with weights `[48, 192]` and `[192, 48]` leaves `[48, 96]` and
+//! `[96, 48]`, and a bias of 96. Order of work: shape arithmetic is frozen, operators refit their constants, values that stop being
+//! blocks are taken apart, constants are cut, what died is removed.
+//! Invariant (C2): the result computes what the original computes with the removed units zeroed. (C4): nothing else changes.
+
+mod branch;
+mod constants;
+pub mod cutset;
 pub mod refit;
+mod shapes;
+
+use crate::anatomy::Anatomy;
+use crate::axes::CarrierId;
+use crate::axes::relation::Slot;
+use crate::graph::{Graph, Id, NodeId, Use, ValueId, check};
+use crate::infer::{self, Facts, InferError};
+use crate::ops::{self, Refit};
+use cutset::{CutError, CutSet, Kept, Stays};
+use refit::{RefitCx, RefitError};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A constant that was cut along an axis, all of its readers losing the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TensorCut {
+    /// Its name in the original.
+    pub initializer: String,
+    /// The axis.
+    pub axis: usize,
+    /// Positions removed, in the original.
+    pub removed: Vec<usize>,
+    /// Size of the axis in the original.
+    pub of: usize,
+}
+
+/// A copy of a constant that was cut for some of its readers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Cloned {
+    /// Name of the constant in the original.
+    pub initializer: String,
+    /// The axis.
+    pub axis: usize,
+    /// Name of the copy.
+    pub user: String,
+    /// Positions removed, in the original.
+    pub removed: Vec<usize>,
+    /// Size of the axis in the original.
+    pub of: usize,
+}
+
+/// Nodes that a cut took away or put in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct NodeChanges {
+    /// Labels of nodes that are gone.
+    pub removed: Vec<String>,
+    /// Labels of nodes that are new.
+    pub added: Vec<String>,
+}
+
+/// A sliced graph and what was done to it.
+#[derive(Clone, Debug)]
+pub struct Sliced {
+    /// The graph.
+    pub graph: Graph,
+    /// Constants cut for all readers.
+    pub cuts: Vec<TensorCut>,
+    /// Constants copied for some.
+    pub cloned: Vec<Cloned>,
+    /// Nodes changed.
+    pub nodes: NodeChanges,
+}
+
+/// Why a plan could not be applied.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SliceError {
+    /// The plan does not fit the model.
+    #[error(transparent)]
+    Cut(#[from] CutError),
+    /// A node cannot follow.
+    #[error(transparent)]
+    Refit(#[from] RefitError),
+    /// The result contradicts itself: a fault of vitrim.
+    #[error("the sliced graph contradicts itself: {0}")]
+    Broken(#[from] InferError),
+    /// The result has other shapes than the plan says: a fault of vitrim.
+    #[error("'{value}' has shape {found} after the cut, expected {expected}")]
+    Shape {
+        /// The value.
+        value: String,
+        /// What inference finds.
+        found: String,
+        /// What the plan says.
+        expected: String,
+    },
+    /// An invariant of the graph broke: a fault of vitrim.
+    #[error("the sliced graph breaks {0}")]
+    Invariant(String),
+}
+
+/// Removes all units that are not kept. Groups that `kept` does not name stay whole.
+pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Result<Sliced, SliceError> {
+    let cut = CutSet::new(anatomy, kept)?;
+    let stays = stays_of(&cut);
+    let ragged: BTreeSet<CarrierId> = stays.iter().filter(|(_, s)| **s == Stays::Ragged).map(|((c, _), _)| *c).collect();
+    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
+    let unused = unused_values(graph);
+    let needs = constants::needs(graph, &anatomy.axes, &cut);
+    let mut out = graph.clone();
+
+    let new_size = |v: ValueId, axis: usize| match stays.get(&(v.index(), axis)) {
+        Some(Stays::Positions(p)) => Some(p.len()),
+        _ => None,
+    };
+    shapes::freeze(&mut out, facts, &new_size);
+    let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
+    let mut brancher = branch::Brancher::new(&mut out, facts, &anatomy.axes, &cut, &ragged);
+    brancher.run()?;
+    patches.append(&mut brancher.patches);
+    for (at, entries) in patches {
+        shapes::patch(&mut out, facts, at, &entries);
+    }
+    let (cuts, cloned) = constants::cut(&mut out, needs);
+    out.sort();
+    let removed = out.remove_dead(&|g, v| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty());
+    let added = out.order().iter().filter(|id| !before.contains(id)).map(|id| out.label(*id)).collect();
+    check_result(&out, facts, &stays, graph.value_count())?;
+    Ok(Sliced { graph: out, cuts, cloned, nodes: NodeChanges { removed, added } })
+}
+
+/// What stays of each axis that loses positions.
+fn stays_of(cut: &CutSet<'_>) -> BTreeMap<(CarrierId, usize), Stays> {
+    cut.touched().into_iter().map(|at| (at, cut.stays(at))).filter(|(_, s)| *s != Stays::Whole).collect()
+}
+
+/// Values that nothing reads in the original: they stay as they are.
+fn unused_values(graph: &Graph) -> Vec<bool> {
+    graph.values().map(|(_, v)| v.users().is_empty()).collect()
+}
+
+type Patches = Vec<(Use, Vec<(usize, i64)>)>;
+
+/// Lets every node that touches a cut axis follow it.
+fn refit_nodes(
+    out: &mut Graph,
+    graph: &Graph,
+    facts: &Facts,
+    anatomy: &Anatomy,
+    stays: &BTreeMap<(CarrierId, usize), Stays>,
+    ragged: &BTreeSet<CarrierId>,
+) -> Result<Patches, RefitError> {
+    let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
+    let mut patches = Vec::new();
+    for (id, node) in graph.nodes() {
+        let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
+        let carriers: Vec<(Slot, CarrierId)> = slots
+            .filter_map(|s| anatomy.axes.carrier_at(graph, id, s).map(|c| (s, c)))
+            .filter(|(_, c)| touched.contains(c))
+            .collect();
+        if carriers.is_empty() || carriers.iter().any(|(_, c)| ragged.contains(c)) {
+            continue;
+        }
+        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let look = |v: ValueId, axis: usize| {
+            let at = |slot: &Slot| match slot {
+                Slot::In(i) => node.input(*i),
+                Slot::Out(o) => node.output(*o),
+                Slot::Virtual(_) => None,
+            };
+            let carrier = carriers.iter().find(|(s, _)| at(s) == Some(v)).map(|(_, c)| *c)?;
+            match stays.get(&(carrier, axis)) {
+                Some(Stays::Positions(p)) => Some(p.as_slice()),
+                _ => None,
+            }
+        };
+        let mut cx = RefitCx { graph: out, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        rule(&mut cx)?;
+        let found = std::mem::take(&mut cx.patches);
+        patches.extend(found.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+    }
+    Ok(patches)
+}
+
+/// The result is a sound graph, and every value that is still there has the shape that the plan says.
+fn check_result(
+    out: &Graph,
+    facts: &Facts,
+    stays: &BTreeMap<(CarrierId, usize), Stays>,
+    old_count: usize,
+) -> Result<(), SliceError> {
+    // I6 does not hold of a graph whose elements were left out to count only.
+    let whole = |v: &check::Violation| v.rule != "I6" || !v.what.contains(": 0 bytes");
+    if let Some(violation) = check::check(out).into_iter().find(whole) {
+        return Err(SliceError::Invariant(violation.to_string()));
+    }
+    let new = infer::facts(out)?;
+    for (id, value) in out.values().take(old_count) {
+        let made = value.producer().is_some() && !out.is_constant(id);
+        let (Some(old), Some(found)) = (facts.shape(id), new.shape(id)) else { continue };
+        if !made || (value.users().is_empty() && !out.outputs().contains(&id)) {
+            continue;
+        }
+        let expected: Vec<infer::Dim> = old
+            .iter()
+            .enumerate()
+            .map(|(axis, d)| match stays.get(&(id.index(), axis)) {
+                Some(Stays::Positions(p)) => p.len().into(),
+                _ => d.clone(),
+            })
+            .collect();
+        let differs = |(a, b): (&infer::Dim, &infer::Dim)| a.known().is_some() && b.known().is_some() && a != b;
+        if found.len() != expected.len() || found.iter().zip(&expected).any(differs) {
+            return Err(SliceError::Shape {
+                value: value.name().to_string(),
+                found: format!("{found:?}"),
+                expected: format!("{expected:?}"),
+            });
+        }
+    }
+    Ok(())
+}

@@ -15,9 +15,12 @@ pub struct RefitError {
     pub what: String,
 }
 
-/// What a `refit` rule sees. Weights were already cut; old facts describe the graph before the cut.
+/// What a `refit` rule sees: the node as it was, with all shapes from before the cut, and what stays of them.
 pub struct RefitCx<'a> {
     pub(crate) graph: &'a mut Graph,
+    /// The node as it was analysed.
+    pub(crate) origin: NodeId,
+    /// The node to change: the same, or a copy of it that handles one part of a value.
     pub(crate) id: NodeId,
     pub(crate) facts: &'a Facts,
     /// Positions of the old axis that stay, in order, for axes that lost some.
@@ -27,9 +30,9 @@ pub struct RefitCx<'a> {
 }
 
 impl<'a> RefitCx<'a> {
-    /// The node.
+    /// The node as it was.
     pub fn node(&self) -> &Node {
-        self.graph.node(self.id)
+        self.graph.node(self.origin)
     }
 
     /// Opset of the node's domain.
@@ -79,6 +82,6 @@ impl<'a> RefitCx<'a> {
 
     /// The error of this node.
     pub fn error(&self, what: impl Into<String>) -> RefitError {
-        RefitError { node: self.graph.label(self.id), op: self.node().op().to_string(), what: what.into() }
+        RefitError { node: self.graph.label(self.origin), op: self.node().op().to_string(), what: what.into() }
     }
 }

@@ -1,0 +1,119 @@
+//! Gives classes of factors their names: Axes -> Anatomy.
+//!
+//! In: the classes of [`crate::axes`]. Out: groups of kind `mlp`, `qk`, `vo`, `head`, `channel`, and refusals with node and
+//! reason. Kinds are read off the structure, never off names: what is contracted between two activations whose product passes a
+//! softmax is `qk`; what is carried through the product with the softmax's result is `vo`; the factor around both is `head`;
+//! what lies between two weights is `mlp`, or `channel` where they are convolutions.
+//! Example: a ViT block with H = 3, E = 16, M = 192 has `qk` of 48 units (3 heads x 16), `vo` of 48, `head` of 3, `mlp` of 192.
+//! Invariant: removing a unit equals zeroing it at every sink of its group.
+
+mod attention;
+mod group;
+
+pub use attention::{AttentionLayer, attention_layers};
+pub use group::{Cut, Group, Kind, Site, unit_tags};
+
+use crate::axes::{Axes, Class, ClassId};
+use crate::graph::{Graph, Id};
+use crate::infer::Facts;
+
+/// Something that a user might expect to be cut, and why it is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// What it would have been.
+    pub kind: Kind,
+    /// Label of the node that stands in the way; empty where it is a graph input or output.
+    pub node: String,
+    /// That node's operator.
+    pub op: String,
+    /// The axis there.
+    pub axis: usize,
+    /// The reason.
+    pub reason: String,
+}
+
+/// All groups and refusals of a graph.
+pub struct Anatomy {
+    /// Groups, by layer and kind, in the order of the graph.
+    pub groups: Vec<Group>,
+    /// What was refused.
+    pub refused: Vec<Refusal>,
+    /// The classes underneath.
+    pub axes: Axes,
+    /// Attention layers, from the input on.
+    pub attention: Vec<AttentionLayer>,
+}
+
+/// Names the classes of a graph.
+pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
+    let attention = attention_layers(graph, &axes);
+    let place = places(graph);
+    let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
+    let mut taken = std::collections::BTreeSet::new();
+    for (layer, a) in attention.iter().enumerate() {
+        for (kind, classes) in [(Kind::Qk, &a.qk), (Kind::Vo, &a.vo), (Kind::Head, &a.head)] {
+            for class in classes {
+                if taken.insert(*class) {
+                    found.push((kind, layer, *class, a.place));
+                }
+            }
+        }
+    }
+    let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
+        .filter(|c| !taken.contains(c) && between_weights(&axes, &axes.classes()[*c]))
+        .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
+        .collect();
+    rest.sort_unstable();
+    let (mut mlps, mut channels) = (0, 0);
+    for (at, class) in rest {
+        let closed = axes.classes()[class].barriers.is_empty();
+        let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
+        let counter = if kind == Kind::Channel { &mut channels } else { &mut mlps };
+        found.push((kind, *counter, class, at));
+        *counter += usize::from(closed);
+    }
+    let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention };
+    found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
+    for (kind, layer, class, _) in found {
+        match refusal(graph, &anatomy.axes, kind, class) {
+            Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
+            Some(_) => {}
+            None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
+        }
+    }
+    group::number(&mut anatomy.groups);
+    anatomy
+}
+
+/// Position of each node in the order of the graph.
+fn places(graph: &Graph) -> Vec<usize> {
+    let mut place = vec![0; graph.node_capacity()];
+    for (i, id) in graph.order().iter().enumerate() {
+        place[id.index()] = i;
+    }
+    place
+}
+
+/// Starts in a weight and ends in another, and is more than one position.
+fn between_weights(axes: &Axes, class: &Class) -> bool {
+    class.size.is_some_and(|s| s > 1) && group::is_born(axes, class) && group::ends_in_weight(axes, class)
+}
+
+/// `None`: the class can be cut. `Some(None)`: it cannot, and nobody would expect it to. `Some(Some)`: a refusal to show.
+fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Option<Refusal>> {
+    let c = &axes.classes()[class];
+    let Some(barrier) = c.barriers.iter().find(|b| b.node.is_some()).or(c.barriers.first()) else {
+        let usable = c.size.is_some_and(|s| s > 1) && !c.sinks.is_empty() && group::is_born(axes, c);
+        return if usable { None } else { Some(None) };
+    };
+    // The residual stream meets every layer; only what belongs to one layer would be expected to be cut.
+    let local = match kind {
+        Kind::Mlp | Kind::Channel => c.sinks.len() <= 2 && c.barriers.iter().all(|b| b.node.is_some()),
+        Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => c.size.is_none_or(|s| s > 1),
+    };
+    let (node, op) = match barrier.node {
+        Some(n) => (graph.label(n), graph.node(n).op().to_string()),
+        None => (String::new(), String::new()),
+    };
+    Some(local.then(|| Refusal { kind, node, op, axis: barrier.axis, reason: barrier.reason.clone() }))
+}

@@ -1,0 +1,262 @@
+//! Asks every operator for its relations, and decides which value each of them speaks of.
+//!
+//! A constant that several nodes read is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
+//! that share one zero bias are not tied by it, two layers that share one weight matrix are.
+
+use crate::axes::relation::{AxesCx, Link, Relations, Slot};
+use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
+use crate::infer::{Dim, Facts};
+use crate::ops::{self, Axes as AxesRule};
+
+/// What has axes: a value, a constant as one of its readers sees it, or a value inside an operator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Of {
+    /// A value.
+    Value(ValueId),
+    /// A shared constant, as this reader sees it.
+    Private(ValueId, Use),
+    /// A value that an operator computes inside itself.
+    Virtual(NodeId, usize),
+}
+
+/// Something with axes.
+#[derive(Clone, Debug)]
+pub struct Carrier {
+    /// What it is.
+    pub of: Of,
+    /// Its shape.
+    pub shape: Vec<Dim>,
+    /// Whether its content depends on constants and shapes alone.
+    pub constant: bool,
+}
+
+/// Index of a carrier.
+pub type CarrierId = usize;
+/// An axis of a carrier.
+pub type AxisOf = (CarrierId, usize);
+
+/// A relation, with carriers in the place of slots.
+#[derive(Clone, Debug)]
+pub(super) enum Relation {
+    /// Equal row-major products.
+    Product(Vec<AxisOf>, Vec<AxisOf>),
+    /// `to[at + j] = from[index[j]]`.
+    Select { from: AxisOf, to: AxisOf, index: Vec<usize>, at: usize },
+}
+
+/// Where a factor is summed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SinkSite {
+    /// The node.
+    pub node: NodeId,
+    /// The operand's slot, and the axis of it.
+    pub a: (Slot, usize),
+    /// The other operand's, where products are summed.
+    pub b: Option<(Slot, usize)>,
+}
+
+/// Why an axis cannot be cut.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Barrier {
+    /// The node, where it is one; graph inputs and outputs have none.
+    pub node: Option<NodeId>,
+    /// The axis of the value there.
+    pub axis: usize,
+    /// The reason.
+    pub reason: String,
+}
+
+/// Everything the operators say.
+pub(super) struct Collected {
+    pub(super) carriers: Vec<Carrier>,
+    pub(super) relations: Vec<(NodeId, Relation)>,
+    pub(super) barriers: Vec<(AxisOf, Barrier)>,
+    pub(super) sinks: Vec<(AxisOf, SinkSite)>,
+    /// Carrier of each input slot of each node.
+    pub(super) inputs: SideMap<NodeId, Vec<Option<CarrierId>>>,
+    /// First virtual carrier of each node.
+    pub(super) virtuals: SideMap<NodeId, usize>,
+}
+
+/// Values whose content depends on what is fed in, and not on shapes and constants alone.
+pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
+    let mut depends = SideMap::filled(graph.value_count(), false);
+    for v in graph.inputs() {
+        depends[*v] = true;
+    }
+    for (_, node) in graph.nodes() {
+        let shape_only = ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, AxesRule::ShapeOnly));
+        let any = node.inputs().iter().flatten().chain(node.captures()).any(|v| depends[*v]);
+        for v in node.outputs().iter().flatten() {
+            depends[*v] = any && !shape_only;
+        }
+    }
+    depends
+}
+
+pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
+    let depends = depends_on_data(graph);
+    let carriers = graph
+        .values()
+        .map(|(id, _)| Carrier { of: Of::Value(id), shape: facts.shape(id).unwrap_or(&[]).to_vec(), constant: !depends[id] })
+        .collect();
+    let mut all = Collected {
+        carriers,
+        relations: Vec::new(),
+        barriers: Vec::new(),
+        sinks: Vec::new(),
+        inputs: SideMap::filled(graph.node_capacity(), Vec::new()),
+        virtuals: SideMap::filled(graph.node_capacity(), 0),
+    };
+    for v in graph.inputs() {
+        all.bar_all(v.index(), None, "graph input");
+    }
+    for v in graph.outputs() {
+        all.bar_all(v.index(), None, "graph output");
+    }
+    for (id, _) in graph.nodes() {
+        all.node(graph, facts, id, &depends);
+    }
+    all
+}
+
+impl Collected {
+    /// The carrier behind a slot of a node.
+    pub(super) fn carrier(&self, graph: &Graph, node: NodeId, slot: Slot) -> Option<CarrierId> {
+        match slot {
+            Slot::In(i) => self.inputs[node].get(i).copied().flatten(),
+            Slot::Out(o) => graph.node(node).output(o).map(Id::index),
+            Slot::Virtual(v) => Some(self.virtuals[node] + v),
+        }
+    }
+
+    fn bar_all(&mut self, carrier: CarrierId, node: Option<NodeId>, reason: &str) {
+        for axis in 0..self.carriers[carrier].shape.len() {
+            self.barriers.push(((carrier, axis), Barrier { node, axis, reason: reason.to_string() }));
+        }
+    }
+
+    fn node(&mut self, graph: &Graph, facts: &Facts, id: NodeId, depends: &SideMap<ValueId, bool>) {
+        let node = graph.node(id);
+        let rule = ops::lookup(node.domain(), node.op());
+        let opset = graph.opset(node.domain()).unwrap_or(0);
+        let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
+        let relations = match rule.map(|r| &r.axes) {
+            Some(AxesRule::ShapeOnly) => None,
+            Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
+            Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
+            Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
+            None => Some(Err(unknown_operator(node.domain(), node.op()))),
+        };
+        let contracted = |slot: usize| {
+            matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| matches!(l,
+                Link::Contract((a, _), (b, _)) if *a == Slot::In(slot) || *b == Slot::In(slot))))
+        };
+        let inputs = node.inputs().iter().enumerate();
+        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, contracted(slot), depends)));
+        self.inputs[id] = inputs.collect();
+        match relations {
+            None => {}
+            Some(Err(reason)) => {
+                let touched: Vec<CarrierId> = self.inputs[id].iter().flatten().copied().collect();
+                for carrier in touched.into_iter().chain(node.captures().iter().map(|v| v.index())) {
+                    self.bar_all(carrier, Some(id), &reason);
+                }
+                for v in node.outputs().iter().flatten() {
+                    self.bar_all(v.index(), Some(id), &reason);
+                }
+            }
+            Some(Ok(relations)) => self.relations_of(graph, id, relations),
+        }
+    }
+
+    /// The carrier that a reader sees.
+    fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, contracted: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
+        let value = graph.value(v);
+        let shared = value.users().len() > 1 || graph.outputs().contains(&v);
+        if depends[v] || contracted || !shared {
+            return v.index();
+        }
+        self.carriers.push(Carrier { of: Of::Private(v, at), ..self.carriers[v.index()].clone() });
+        self.carriers.len() - 1
+    }
+
+    fn relations_of(&mut self, graph: &Graph, id: NodeId, relations: Relations) {
+        self.virtuals[id] = self.carriers.len();
+        for (n, shape) in relations.virtuals.into_iter().enumerate() {
+            self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant: false });
+        }
+        let mut touched = std::collections::BTreeSet::new();
+        for link in relations.links {
+            self.link(graph, id, link, &mut touched);
+        }
+        // What a rule does not speak of is not understood: it must not be cut.
+        let node = graph.node(id);
+        let inputs = (0..node.inputs().len()).map(Slot::In);
+        let outputs = (0..node.outputs().len()).map(Slot::Out);
+        for slot in inputs.chain(outputs) {
+            let Some(carrier) = self.carrier(graph, id, slot) else { continue };
+            for axis in 0..self.carriers[carrier].shape.len() {
+                if !touched.contains(&(carrier, axis)) && !self.carriers[carrier].shape[axis].is(1) {
+                    let reason = format!("{} does not carry this axis on", node.op());
+                    self.barriers.push(((carrier, axis), Barrier { node: Some(id), axis, reason }));
+                }
+            }
+        }
+    }
+
+    fn link(&mut self, graph: &Graph, id: NodeId, link: Link, touched: &mut std::collections::BTreeSet<AxisOf>) {
+        let at = |(slot, axis): (Slot, usize)| self.carrier(graph, id, slot).map(|c| (c, axis));
+        let many = |(slot, axes): &(Slot, Vec<usize>)| -> Option<Vec<AxisOf>> {
+            self.carrier(graph, id, *slot).map(|c| axes.iter().map(|a| (c, *a)).collect())
+        };
+        match link {
+            Link::Same(a, b) => {
+                if let (Some(a), Some(b)) = (at(a), at(b)) {
+                    touched.extend([a, b]);
+                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                }
+            }
+            Link::Contract(a, b) => {
+                let site = SinkSite { node: id, a, b: Some(b) };
+                if let (Some(a), Some(b)) = (at(a), at(b)) {
+                    touched.extend([a, b]);
+                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                    self.sinks.push((a, site));
+                }
+            }
+            Link::Sum(a) => {
+                if let Some(x) = at(a) {
+                    touched.insert(x);
+                    self.sinks.push((x, SinkSite { node: id, a, b: None }));
+                }
+            }
+            Link::Regroup(a, b) => {
+                if let (Some(a), Some(b)) = (many(&a), many(&b)) {
+                    touched.extend(a.iter().chain(&b).copied());
+                    self.relations.push((id, Relation::Product(a, b)));
+                }
+            }
+            Link::Select { from, to, index, at: offset } => {
+                if let (Some(from), Some(to)) = (at(from), at(to)) {
+                    touched.extend([from, to]);
+                    self.relations.push((id, Relation::Select { from, to, index, at: offset }));
+                }
+            }
+            Link::Barrier(a, reason) => {
+                if let Some(x) = at(a) {
+                    touched.insert(x);
+                    self.barriers.push((x, Barrier { node: Some(id), axis: a.1, reason }));
+                }
+            }
+        }
+    }
+}
+
+fn unknown_operator(domain: &str, op: &str) -> String {
+    if domain.is_empty() {
+        format!("operator {op} has no rule")
+    } else {
+        format!("uses {domain}::{op}, which vitrim does not know")
+    }
+}

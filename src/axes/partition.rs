@@ -1,0 +1,200 @@
+//! Sums: which positions of a factor are told apart by selections (Split, Slice, Gather, Concat)?
+//!
+//! Example: the factor `3` of a fused qkv axis `3 x H x E`, from which q, k and v are gathered, falls into the cells `{0} {1} {2}`;
+//! the factor `E` of a rotary q, which is sliced in halves, into `{0..E/2} {E/2..E}`. Cells travel along all relations.
+//! A factor with more than [`CELLS_MAX`] cells (rolls, table look-ups) is given up: its axis becomes a barrier.
+
+use super::collect::{AxisOf, Relation};
+use super::refine::Refiner;
+
+/// More cells than this are not worth telling apart.
+pub(super) const CELLS_MAX: usize = 16;
+
+/// Cells of the factors of every axis.
+pub(super) struct Partition {
+    /// Number of the first factor of each axis (by axis number), and the total at the end.
+    first: Vec<usize>,
+    /// Size of each factor; `None` where symbolic.
+    pub(super) sizes: Vec<Option<usize>>,
+    /// Cell of each position of each factor, cells numbered by first occurrence; `None` where there is one cell.
+    labels: Vec<Option<Vec<u32>>>,
+    /// Factors that were given up.
+    pub(super) dead: Vec<bool>,
+}
+
+impl Partition {
+    /// Numbers of the factors of an axis, outermost first.
+    pub(super) fn factors(&self, axis_number: usize) -> std::ops::Range<usize> {
+        self.first[axis_number]..self.first[axis_number + 1]
+    }
+
+    /// Positions of each cell of a factor.
+    pub(super) fn cells(&self, factor: usize) -> Vec<Vec<usize>> {
+        let size = self.sizes[factor].unwrap_or(0);
+        match &self.labels[factor] {
+            None => vec![(0..size).collect()],
+            Some(labels) => {
+                let count = labels.iter().max().map_or(1, |m| *m as usize + 1);
+                let mut cells = vec![Vec::new(); count];
+                for (position, label) in labels.iter().enumerate() {
+                    cells[*label as usize].push(position);
+                }
+                cells
+            }
+        }
+    }
+
+    /// Number of cells of a factor.
+    pub(super) fn cell_count(&self, factor: usize) -> usize {
+        self.labels[factor].as_ref().map_or(1, |l| l.iter().max().map_or(1, |m| *m as usize + 1))
+    }
+
+    /// Sizes of the factors of an axis, where all are known.
+    pub(super) fn axis_sizes(&self, axis_number: usize) -> Option<Vec<usize>> {
+        self.factors(axis_number).map(|f| self.sizes[f]).collect()
+    }
+
+    /// Labels of the positions of a whole axis: equal where all factors' cells are.
+    fn axis_labels(&self, axis_number: usize, sizes: &[usize]) -> Vec<u32> {
+        let mut labels = vec![0u32];
+        for (k, f) in self.factors(axis_number).enumerate() {
+            let cells = u32::try_from(self.cell_count(f)).unwrap_or(u32::MAX);
+            let own = |p: usize| self.labels[f].as_ref().map_or(0, |l| l[p]);
+            labels = labels.iter().flat_map(|l| (0..sizes[k]).map(move |p| (*l, p))).map(|(l, p)| l * cells + own(p)).collect();
+        }
+        labels
+    }
+
+    /// Refines the labels of one factor; says whether they changed.
+    fn refine(&mut self, factor: usize, new: Vec<u32>) -> bool {
+        if self.dead[factor] {
+            return false;
+        }
+        let old = self.labels[factor].clone().unwrap_or_else(|| vec![0; new.len()]);
+        let merged = canonical(old.iter().zip(&new));
+        let count = merged.iter().max().map_or(1, |m| *m as usize + 1);
+        if count == self.cell_count(factor) {
+            return false;
+        }
+        if count > CELLS_MAX {
+            self.dead[factor] = true;
+            self.labels[factor] = None;
+        } else {
+            self.labels[factor] = Some(merged);
+        }
+        true
+    }
+
+    /// Gives a factor up; says whether that is new.
+    fn kill(&mut self, factor: usize) -> bool {
+        self.labels[factor] = None;
+        !std::mem::replace(&mut self.dead[factor], true)
+    }
+
+    /// Lets labels of a whole axis refine its factors: two positions of a factor stay together where all else being equal they are.
+    fn refine_axis(&mut self, axis_number: usize, sizes: &[usize], labels: &[u32]) -> bool {
+        let mut changed = false;
+        for (k, factor) in self.factors(axis_number).enumerate() {
+            let inner: usize = sizes[k + 1..].iter().product();
+            let outer: usize = sizes[..k].iter().product();
+            let signature = |p: usize| -> Vec<u32> {
+                let rows = (0..outer).flat_map(|o| (0..inner).map(move |i| (o * sizes[k] + p) * inner + i));
+                rows.map(|at| labels[at]).collect()
+            };
+            let signatures: Vec<Vec<u32>> = (0..sizes[k]).map(signature).collect();
+            changed |= self.refine(factor, canonical(signatures.iter()));
+        }
+        changed
+    }
+}
+
+/// Numbers equal keys equally, by first occurrence.
+fn canonical<K: Ord>(keys: impl Iterator<Item = K>) -> Vec<u32> {
+    let mut seen = std::collections::BTreeMap::new();
+    keys.map(|k| {
+        let next = u32::try_from(seen.len()).unwrap_or(u32::MAX);
+        *seen.entry(k).or_insert(next)
+    })
+    .collect()
+}
+
+/// Finds the cells of all factors. `product_pairs` are the equal factors `(axis number, factor)` of all product relations.
+pub(super) fn partition(
+    refiner: &Refiner,
+    pairs: &[((usize, usize), (usize, usize))],
+    selects: &[&Relation],
+    axis_number: &dyn Fn(AxisOf) -> usize,
+) -> Partition {
+    let mut first = vec![0];
+    let mut sizes = Vec::new();
+    for factors in &refiner.factors {
+        sizes.extend(factors.iter().map(|d| d.size()));
+        first.push(sizes.len());
+    }
+    let count = sizes.len();
+    let mut p = Partition { first, sizes, labels: vec![None; count], dead: vec![false; count] };
+    let pairs: Vec<(usize, usize)> = pairs.iter().map(|(a, b)| (p.first[a.0] + a.1, p.first[b.0] + b.1)).collect();
+    loop {
+        let mut changed = false;
+        for select in selects {
+            changed |= spread_select(&mut p, select, axis_number);
+        }
+        changed |= spread_pairs(&mut p, &pairs);
+        if !changed {
+            return p;
+        }
+    }
+}
+
+/// Makes equal factors have equal cells, until nothing changes.
+fn spread_pairs(p: &mut Partition, pairs: &[(usize, usize)]) -> bool {
+    let mut of_factor = vec![Vec::new(); p.sizes.len()];
+    for (n, (a, b)) in pairs.iter().enumerate() {
+        of_factor[*a].push(n);
+        of_factor[*b].push(n);
+    }
+    let touched = |p: &Partition, f: usize| p.labels[f].is_some() || p.dead[f];
+    let mut queue: std::collections::VecDeque<usize> =
+        (0..pairs.len()).filter(|n| touched(p, pairs[*n].0) || touched(p, pairs[*n].1)).collect();
+    let mut any = false;
+    while let Some(n) = queue.pop_front() {
+        let (a, b) = pairs[n];
+        for (from, to) in [(a, b), (b, a)] {
+            let changed =
+                if p.dead[from] { p.kill(to) } else { p.labels[from].clone().is_some_and(|labels| p.refine(to, labels)) };
+            if changed {
+                any = true;
+                queue.extend(of_factor[to].iter().copied());
+            }
+        }
+    }
+    any
+}
+
+/// Tells selected positions from others, and lets the cells of both axes refine each other.
+fn spread_select(p: &mut Partition, select: &Relation, axis_number: &dyn Fn(AxisOf) -> usize) -> bool {
+    let Relation::Select { from, to, index, at } = select else { return false };
+    let (f, t) = (axis_number(*from), axis_number(*to));
+    let (Some(from_sizes), Some(to_sizes)) = (p.axis_sizes(f), p.axis_sizes(t)) else { return false };
+    if p.factors(f).chain(p.factors(t)).any(|x| p.dead[x]) {
+        return false;
+    }
+    let (from_labels, to_labels) = (p.axis_labels(f, &from_sizes), p.axis_labels(t, &to_sizes));
+    // Within one cell of `to` the read positions must ascend, so that a cell is read in its own order.
+    let mut run = 0u32;
+    let mut new_to: Vec<(u32, u32, u32)> = to_labels.iter().map(|l| (*l, u32::MAX, 0)).collect();
+    for (j, source) in index.iter().enumerate() {
+        if j > 0 && *source <= index[j - 1] {
+            run += 1;
+        }
+        new_to[at + j] = (to_labels[at + j], from_labels[*source], run);
+    }
+    let new_to = canonical(new_to.iter());
+    let mut new_from: Vec<(u32, Vec<u32>)> = from_labels.iter().map(|l| (*l, Vec::new())).collect();
+    for (j, source) in index.iter().enumerate() {
+        new_from[*source].1.push(new_to[at + j]);
+    }
+    let new_from = canonical(new_from.iter());
+    let changed_to = p.refine_axis(t, &to_sizes, &new_to);
+    p.refine_axis(f, &from_sizes, &new_from) || changed_to
+}

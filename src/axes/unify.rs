@@ -1,0 +1,499 @@
+//! Unites equal factors over the whole graph, once per combination of cells.
+//!
+//! A value whose factors fall into cells is looked at once per combination of cells (a *case*): the value `[B, N, 3, H, E]` of a
+//! fused projection has three, in which `H` and `E` are those of q, of k and of v. Inside a case factors may be products again
+//! (the cell of q in a fused axis of `H*E + 2*KV*E` is `H x E`), so they are refined once more, and then united.
+
+use super::collect::{AxisOf, Barrier, CarrierId, Collected, Relation, SinkSite};
+use super::partition::Partition;
+use super::refine::Refiner;
+use crate::graph::NodeId;
+use crate::infer::Dim;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// More cases than this are not told apart: the carrier becomes a barrier.
+const CASES_MAX: usize = 64;
+
+/// Index of a class of united factors.
+pub type ClassId = usize;
+
+/// One occurrence of a class: a factor of an axis, in one case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Member {
+    /// The carrier.
+    pub carrier: CarrierId,
+    /// Its axis.
+    pub axis: usize,
+    /// The case.
+    pub case: usize,
+}
+
+/// Factors that are the same everywhere: what is cut of one is cut of all.
+#[derive(Clone, Debug, Default)]
+pub struct Class {
+    /// Number of positions; `None` where symbolic.
+    pub size: Option<usize>,
+    /// Where it occurs.
+    pub members: Vec<Member>,
+    /// Where it is summed over.
+    pub sinks: Vec<SinkSite>,
+    /// Why it cannot be cut.
+    pub barriers: Vec<Barrier>,
+}
+
+/// The factors of one axis in one case: the positions of the axis, row-major over the factors, and the class of each factor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Positions on the axis, in order.
+    pub positions: Vec<usize>,
+    /// Class and size of each factor, outermost first; sizes multiply to `positions.len()`.
+    pub factors: Vec<(ClassId, usize)>,
+}
+
+/// All classes, and how axes are made of them.
+pub(super) struct Unified {
+    /// The classes.
+    pub(super) classes: Vec<Class>,
+    cases: Vec<Cases>,
+    /// Classes of the factors of slot (carrier, case, factor).
+    of_slot: Vec<Vec<(ClassId, Option<usize>)>>,
+    cells: BTreeMap<usize, Vec<Vec<usize>>>,
+    shapes: Vec<Vec<Vec<usize>>>,
+    sizes: Vec<Option<usize>>,
+    /// Cases of two carriers that belong together at a node, where one of them has several.
+    together: BTreeMap<(NodeId, CarrierId, CarrierId), Vec<(usize, usize)>>,
+}
+
+/// The cases of one carrier.
+#[derive(Clone, Debug)]
+struct Cases {
+    first_slot: usize,
+    factors: Vec<usize>,
+    /// Number of cells of each factor.
+    radix: Vec<usize>,
+    count: usize,
+}
+
+impl Cases {
+    /// Cell of each factor in case number `case`.
+    fn cells(&self, case: usize) -> Vec<usize> {
+        let mut rest = case;
+        let mut cells = vec![0; self.radix.len()];
+        for (cell, radix) in cells.iter_mut().zip(&self.radix).rev() {
+            *cell = rest % radix;
+            rest /= radix;
+        }
+        cells
+    }
+
+    fn slot(&self, case: usize, local: usize) -> usize {
+        self.first_slot + case * self.factors.len() + local
+    }
+}
+
+struct Union(Vec<usize>);
+
+impl Union {
+    fn find(&mut self, mut x: usize) -> usize {
+        while self.0[x] != x {
+            self.0[x] = self.0[self.0[x]];
+            x = self.0[x];
+        }
+        x
+    }
+    fn unite(&mut self, a: usize, b: usize) {
+        let (a, b) = (self.find(a), self.find(b));
+        self.0[a.max(b)] = a.min(b);
+    }
+}
+
+/// Relations of one node between two carriers.
+#[derive(Default)]
+struct Between<'a> {
+    equal: Vec<(usize, usize)>,
+    selects: Vec<&'a Relation>,
+}
+
+pub(super) fn unify(
+    all: &Collected,
+    p: &Partition,
+    product_pairs: &[(NodeId, (usize, usize), (usize, usize))],
+    axis_number: &dyn Fn(AxisOf) -> usize,
+) -> Unified {
+    let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
+    let cases = enumerate_cases(all, p, axis_number, &mut barriers);
+    let factor_home = factor_homes(all, p, axis_number);
+    let slot_sizes = slot_sizes(p, &cases, all, axis_number);
+    let mut refiner = Refiner::new(slot_sizes.into_iter());
+    let mut relation_homes: Vec<(AxisOf, AxisOf, Option<NodeId>)> = Vec::new();
+
+    // A constant is one tensor: what holds of an axis holds whatever part of its other axes is looked at.
+    for (c, carrier) in all.carriers.iter().enumerate().filter(|(_, k)| k.constant) {
+        let k = &cases[c];
+        for case in 1..k.count {
+            let cells = k.cells(case);
+            for (local, factor) in k.factors.iter().enumerate() {
+                let axis = factor_home[factor].1;
+                let base: Vec<usize> =
+                    k.factors.iter().zip(&cells).map(|(f, cell)| if factor_home[f].1 == axis { *cell } else { 0 }).collect();
+                let base = base.iter().zip(&k.radix).fold(0, |n, (cell, radix)| n * radix + cell);
+                if base != case {
+                    refiner.relate(vec![k.slot(base, local)], vec![k.slot(case, local)]);
+                    relation_homes.push(((c, axis), (c, axis), None));
+                }
+            }
+        }
+        debug_assert!(carrier.shape.len() < 64);
+    }
+
+    let mut between: BTreeMap<(NodeId, CarrierId, CarrierId), Between<'_>> = BTreeMap::new();
+    for (node, (axis_a, ka), (axis_b, kb)) in product_pairs {
+        let (fa, fb) = (p.factors(*axis_a).start + ka, p.factors(*axis_b).start + kb);
+        let (a, b) = (factor_home[&fa].0, factor_home[&fb].0);
+        between.entry((*node, a, b)).or_default().equal.push((fa, fb));
+    }
+    for (node, relation) in &all.relations {
+        if let Relation::Select { from, to, .. } = relation {
+            between.entry((*node, from.0, to.0)).or_default().selects.push(relation);
+        }
+    }
+    let mut together = BTreeMap::new();
+    for ((node, a, b), links) in &between {
+        let pairs = relate_cases(
+            *node,
+            (*a, *b),
+            links,
+            p,
+            &cases,
+            axis_number,
+            &factor_home,
+            &mut refiner,
+            &mut relation_homes,
+            &mut barriers,
+        );
+        if cases[*a].count > 1 || cases[*b].count > 1 {
+            together.insert((*node, *a, *b), pairs);
+        }
+    }
+    refiner.run();
+    for number in &refiner.broken {
+        let (a, b, node) = &relation_homes[*number];
+        for axis in [a, b] {
+            let reason = "its parts are grouped differently on both sides".to_string();
+            barriers.push((*axis, Barrier { node: *node, axis: axis.1, reason }));
+        }
+    }
+    Unified { together, ..classes_of(all, p, cases, &factor_home, &refiner, barriers, axis_number) }
+}
+
+fn enumerate_cases(
+    all: &Collected,
+    p: &Partition,
+    axis_number: &dyn Fn(AxisOf) -> usize,
+    barriers: &mut Vec<(AxisOf, Barrier)>,
+) -> Vec<Cases> {
+    let mut first_slot = 0;
+    let mut out = Vec::with_capacity(all.carriers.len());
+    for (c, carrier) in all.carriers.iter().enumerate() {
+        let mut factors = Vec::new();
+        for axis in 0..carrier.shape.len() {
+            for f in p.factors(axis_number((c, axis))) {
+                if p.dead[f] {
+                    let reason = "is sliced, rolled or looked up in too many parts".to_string();
+                    barriers.push(((c, axis), Barrier { node: None, axis, reason }));
+                }
+                factors.push(f);
+            }
+        }
+        let mut radix: Vec<usize> = factors.iter().map(|f| p.cell_count(*f)).collect();
+        if radix.iter().product::<usize>() > CASES_MAX {
+            radix.iter_mut().for_each(|r| *r = 1);
+            for axis in 0..carrier.shape.len() {
+                barriers.push(((c, axis), Barrier { node: None, axis, reason: "falls into too many parts".to_string() }));
+            }
+        }
+        let count = radix.iter().product();
+        let cases = Cases { first_slot, factors, radix, count };
+        first_slot += cases.factors.len() * count;
+        out.push(cases);
+    }
+    out
+}
+
+/// Carrier and axis of each factor.
+fn factor_homes(all: &Collected, p: &Partition, axis_number: &dyn Fn(AxisOf) -> usize) -> BTreeMap<usize, AxisOf> {
+    let mut homes = BTreeMap::new();
+    for (c, carrier) in all.carriers.iter().enumerate() {
+        for axis in 0..carrier.shape.len() {
+            homes.extend(p.factors(axis_number((c, axis))).map(|f| (f, (c, axis))));
+        }
+    }
+    homes
+}
+
+fn slot_sizes(p: &Partition, cases: &[Cases], all: &Collected, axis_number: &dyn Fn(AxisOf) -> usize) -> Vec<Dim> {
+    let mut symbolic: BTreeMap<usize, Dim> = BTreeMap::new();
+    for (c, carrier) in all.carriers.iter().enumerate() {
+        for (axis, size) in carrier.shape.iter().enumerate() {
+            let range = p.factors(axis_number((c, axis)));
+            // Symbolic factors only ever meet equal ones; any symbol that is equal where they are equal will do.
+            for f in range.filter(|f| p.sizes[*f].is_none()) {
+                symbolic.insert(f, Dim::named(&format!("symbolic {}", if size.known().is_some() { "?" } else { "size" })));
+            }
+        }
+    }
+    let mut out = Vec::new();
+    for k in cases {
+        for case in 0..k.count {
+            let cells = k.cells(case);
+            for (f, cell) in k.factors.iter().zip(&cells) {
+                out.push(match symbolic.get(f) {
+                    Some(d) => d.clone(),
+                    None if k.radix.iter().all(|r| *r == 1) => Dim::from(p.sizes[*f].unwrap_or(0)),
+                    None => Dim::from(p.cells(*f)[*cell].len()),
+                });
+            }
+        }
+    }
+    out
+}
+
+#[allow(clippy::too_many_arguments, reason = "one step of unify with all of its state")]
+fn relate_cases(
+    node: NodeId,
+    (a, b): (CarrierId, CarrierId),
+    links: &Between<'_>,
+    p: &Partition,
+    cases: &[Cases],
+    axis_number: &dyn Fn(AxisOf) -> usize,
+    factor_home: &BTreeMap<usize, AxisOf>,
+    refiner: &mut Refiner,
+    relation_homes: &mut Vec<(AxisOf, AxisOf, Option<NodeId>)>,
+    barriers: &mut Vec<(AxisOf, Barrier)>,
+) -> Vec<(usize, usize)> {
+    let mut together = Vec::new();
+    let (ka, kb) = (&cases[a], &cases[b]);
+    let local = |k: &Cases, f: usize| k.factors.iter().position(|x| *x == f).expect("factors belong to their carrier");
+    for case_a in 0..ka.count {
+        let cells_a = ka.cells(case_a);
+        for case_b in 0..kb.count {
+            let cells_b = kb.cells(case_b);
+            let agree = |(fa, fb): &(usize, usize)| {
+                let (la, lb) = (local(ka, *fa), local(kb, *fb));
+                ka.radix[la] != kb.radix[lb] || cells_a[la] == cells_b[lb]
+            };
+            if !links.equal.iter().all(agree) {
+                continue;
+            }
+            let mut sequences: Vec<(Vec<usize>, Vec<usize>, AxisOf, AxisOf)> = Vec::new();
+            let mut compatible = true;
+            for select in &links.selects {
+                let Relation::Select { from, to, index, at } = select else { continue };
+                let box_from = axis_box(p, ka, &cells_a, axis_number(*from));
+                let box_to = axis_box(p, kb, &cells_b, axis_number(*to));
+                match (box_from, box_to) {
+                    (Some(x), Some(y)) => match match_boxes(&x, &y, index, *at) {
+                        Match::Apart => compatible = false,
+                        Match::Equal => {
+                            let slots = |k: &Cases, case: usize, axis: AxisOf| -> Vec<usize> {
+                                p.factors(axis_number(axis)).map(|f| k.slot(case, local(k, f))).collect()
+                            };
+                            sequences.push((slots(ka, case_a, *from), slots(kb, case_b, *to), *from, *to));
+                        }
+                        Match::Crossed => bar_both(barriers, *from, *to, node),
+                    },
+                    _ => bar_both(barriers, *from, *to, node),
+                }
+            }
+            if !compatible {
+                continue;
+            }
+            together.push((case_a, case_b));
+            for (fa, fb) in &links.equal {
+                let (sa, sb) = (ka.slot(case_a, local(ka, *fa)), kb.slot(case_b, local(kb, *fb)));
+                sequences.push((vec![sa], vec![sb], factor_home[fa], factor_home[fb]));
+            }
+            for (x, y, home_x, home_y) in sequences {
+                refiner.relate(x, y);
+                relation_homes.push((home_x, home_y, Some(node)));
+            }
+        }
+    }
+    together
+}
+
+fn bar_both(barriers: &mut Vec<(AxisOf, Barrier)>, a: AxisOf, b: AxisOf, node: NodeId) {
+    for axis in [a, b] {
+        let reason = "a slice of it is not made of whole parts".to_string();
+        barriers.push((axis, Barrier { node: Some(node), axis: axis.1, reason }));
+    }
+}
+
+/// Positions of an axis in one case, row-major over its factors; `None` where a size is symbolic or a factor was given up.
+fn axis_box(p: &Partition, k: &Cases, cells: &[usize], axis_number: usize) -> Option<Vec<usize>> {
+    let mut positions = vec![0usize];
+    for f in p.factors(axis_number) {
+        let size = p.sizes[f]?;
+        let local = k.factors.iter().position(|x| *x == f)?;
+        if p.dead[f] || (k.radix[local] == 1 && p.cell_count(f) > 1) {
+            return None;
+        }
+        let cell = &p.cells(f)[cells[local]];
+        positions = positions.iter().flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
+    }
+    Some(positions)
+}
+
+enum Match {
+    /// The selection maps one onto the other, in order.
+    Equal,
+    /// They have nothing to do with each other.
+    Apart,
+    /// They overlap in part.
+    Crossed,
+}
+
+fn match_boxes(from: &[usize], to: &[usize], index: &[usize], at: usize) -> Match {
+    let source = |t: &usize| t.checked_sub(at).and_then(|j| index.get(j)).copied();
+    let sources: Vec<Option<usize>> = to.iter().map(source).collect();
+    if sources.len() == from.len() && sources.iter().zip(from).all(|(s, f)| *s == Some(*f)) {
+        return Match::Equal;
+    }
+    let inside: std::collections::BTreeSet<usize> = from.iter().copied().collect();
+    if sources.iter().flatten().any(|s| inside.contains(s)) { Match::Crossed } else { Match::Apart }
+}
+
+fn classes_of(
+    all: &Collected,
+    p: &Partition,
+    cases: Vec<Cases>,
+    factor_home: &BTreeMap<usize, AxisOf>,
+    refiner: &Refiner,
+    barriers: Vec<(AxisOf, Barrier)>,
+    axis_number: &dyn Fn(AxisOf) -> usize,
+) -> Unified {
+    let mut first = vec![0];
+    for f in &refiner.factors {
+        first.push(first.last().copied().unwrap_or(0) + f.len());
+    }
+    let mut union = Union((0..*first.last().unwrap_or(&0)).collect());
+    for number in (0..refiner.relation_count()).filter(|n| refiner.broken.binary_search(n).is_err()) {
+        for ((sa, ka), (sb, kb)) in refiner.pairs(number) {
+            union.unite(first[sa] + ka, first[sb] + kb);
+        }
+    }
+    let mut numbers: BTreeMap<usize, ClassId> = BTreeMap::new();
+    let mut classes: Vec<Class> = Vec::new();
+    let mut of_slot = vec![Vec::new(); refiner.factors.len()];
+    for (c, k) in cases.iter().enumerate() {
+        for case in 0..k.count {
+            for (local, factor) in k.factors.iter().enumerate() {
+                let slot = k.slot(case, local);
+                for (n, size) in refiner.factors[slot].iter().enumerate() {
+                    let root = union.find(first[slot] + n);
+                    let class = *numbers.entry(root).or_insert_with(|| {
+                        classes.push(Class { size: size.size(), ..Class::default() });
+                        classes.len() - 1
+                    });
+                    of_slot[slot].push((class, size.size()));
+                    classes[class].members.push(Member { carrier: c, axis: factor_home[factor].1, case });
+                }
+            }
+        }
+    }
+    let shapes = all
+        .carriers
+        .iter()
+        .enumerate()
+        .map(|(c, carrier)| (0..carrier.shape.len()).map(|axis| p.factors(axis_number((c, axis))).collect()).collect())
+        .collect();
+    let cells = (0..p.sizes.len()).filter(|f| p.cell_count(*f) > 1).map(|f| (f, p.cells(f))).collect();
+    let mut unified = Unified { classes, cases, of_slot, cells, shapes, sizes: p.sizes.clone(), together: BTreeMap::new() };
+    for (axis, barrier) in barriers {
+        for class in unified.classes_on(axis) {
+            if !unified.classes[class].barriers.contains(&barrier) {
+                unified.classes[class].barriers.push(barrier.clone());
+            }
+        }
+    }
+    for (axis, site) in &all.sinks {
+        for class in unified.classes_on(*axis) {
+            if !unified.classes[class].sinks.contains(site) {
+                unified.classes[class].sinks.push(*site);
+            }
+        }
+    }
+    unified
+}
+
+impl Unified {
+    /// Classes that occur on an axis, in any case.
+    pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
+        let k = &self.cases[carrier];
+        let mut found = std::collections::BTreeSet::new();
+        for case in 0..k.count {
+            for (local, f) in k.factors.iter().enumerate() {
+                if self.shapes[carrier][axis].contains(f) {
+                    found.extend(self.of_slot[k.slot(case, local)].iter().map(|(c, _)| *c));
+                }
+            }
+        }
+        found.into_iter().collect()
+    }
+
+    /// Cases of `a` that belong together with the cases `of_b` of `b` at a node.
+    pub(super) fn cases_with(&self, node: NodeId, a: CarrierId, b: CarrierId, of_b: &BTreeSet<usize>) -> BTreeSet<usize> {
+        if let Some(pairs) = self.together.get(&(node, a, b)) {
+            return pairs.iter().filter(|(_, y)| of_b.contains(y)).map(|(x, _)| *x).collect();
+        }
+        if let Some(pairs) = self.together.get(&(node, b, a)) {
+            return pairs.iter().filter(|(y, _)| of_b.contains(y)).map(|(_, x)| *x).collect();
+        }
+        (0..self.case_count(a)).collect()
+    }
+
+    /// Number of cases of a carrier.
+    pub(super) fn case_count(&self, carrier: CarrierId) -> usize {
+        self.cases[carrier].count
+    }
+
+    /// Classes of all axes of a carrier in one case, with the axis of each.
+    pub(super) fn classes_in_case(&self, carrier: CarrierId, case: usize) -> Vec<(usize, ClassId)> {
+        let k = &self.cases[carrier];
+        let axis_of = |f: &usize| self.shapes[carrier].iter().position(|axis| axis.contains(f)).unwrap_or(0);
+        let factors = k.factors.iter().enumerate();
+        factors.flat_map(|(local, f)| self.of_slot[k.slot(case, local)].iter().map(move |(c, _)| (axis_of(f), *c))).collect()
+    }
+
+    /// The axis in one case: which positions it covers there, and what they are made of. `None` where a size is symbolic.
+    pub(super) fn region(&self, (carrier, axis): AxisOf, case: usize) -> Option<Region> {
+        let k = &self.cases[carrier];
+        let cells = k.cells(case);
+        let (mut positions, mut factors) = (vec![0usize], Vec::new());
+        for f in &self.shapes[carrier][axis] {
+            let size = self.sizes[*f]?;
+            let local = k.factors.iter().position(|x| x == f)?;
+            let whole: Vec<usize> = (0..size).collect();
+            let cell = match self.cells.get(f) {
+                Some(all) if k.radix[local] > 1 => &all[cells[local]],
+                _ => &whole,
+            };
+            positions = positions.iter().flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
+            for (class, size) in &self.of_slot[k.slot(case, local)] {
+                factors.push((*class, (*size)?));
+            }
+        }
+        Some(Region { positions, factors })
+    }
+
+    /// The axis in all cases, cases that look alike on it taken once.
+    pub(super) fn regions(&self, at: AxisOf) -> Vec<Region> {
+        let mut out: Vec<Region> = Vec::new();
+        for region in (0..self.case_count(at.0)).filter_map(|case| self.region(at, case)) {
+            if !out.contains(&region) {
+                out.push(region);
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,248 @@
+//! What a plan removes, seen from any axis of the graph.
+//!
+//! A head may keep dims of its own, so on the axis `E` of `[B, H, N, E]` positions have no fate of their own: there the first head
+//! that stays stands for all, and only the number that stays counts. On a flat axis of `H x E` each position has its fate.
+
+use crate::anatomy::{Anatomy, Group};
+use crate::axes::{AxisOf, CarrierId, ClassId, Region};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Units kept of each group that loses some.
+pub type Kept = BTreeMap<String, Vec<usize>>;
+
+/// Why units cannot be removed as asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CutError {
+    /// The plan names a group that the model does not have.
+    #[error("plan names group '{0}', which the model does not have")]
+    UnknownGroup(String),
+    /// The plan names a unit that the group does not have.
+    #[error("plan keeps unit {unit} of group '{group}', which has {units}")]
+    UnknownUnit {
+        /// The group.
+        group: String,
+        /// The unit.
+        unit: usize,
+        /// How many units there are.
+        units: usize,
+    },
+    /// Dims that go together are torn apart.
+    #[error("plan keeps unit {unit} of group '{group}' without its partner {partner}")]
+    TornPair {
+        /// The group.
+        group: String,
+        /// The kept unit.
+        unit: usize,
+        /// The one that must stay with it.
+        partner: usize,
+    },
+    /// Heads of a layer keep different numbers of dims.
+    #[error("plan keeps {one} dims in one head of group '{group}' and {other} in another: layout 'equal' needs the same number")]
+    Unequal {
+        /// The group.
+        group: String,
+        /// Number in one head.
+        one: usize,
+        /// Number in another.
+        other: usize,
+    },
+    /// Nothing would be left.
+    #[error("plan keeps nothing of group '{0}'")]
+    Emptied(String),
+}
+
+/// What stays of an axis.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stays {
+    /// Everything.
+    Whole,
+    /// These positions, in order.
+    Positions(Vec<usize>),
+    /// A different number in different cases: the value is not a block any more.
+    Ragged,
+}
+
+/// One group's removal.
+struct Removal<'a> {
+    group: &'a Group,
+    /// Removed (row of the nest, coordinate of the leaf).
+    gone: BTreeSet<(usize, usize)>,
+}
+
+/// All removals of a plan.
+pub struct CutSet<'a> {
+    anatomy: &'a Anatomy,
+    removals: Vec<Removal<'a>>,
+    /// For classes that lose whole positions: the first one that stays.
+    stand_in: BTreeMap<ClassId, usize>,
+    classes: BTreeSet<ClassId>,
+}
+
+impl<'a> CutSet<'a> {
+    /// Checks what a plan keeps and turns it around.
+    pub fn new(anatomy: &'a Anatomy, kept: &Kept) -> Result<Self, CutError> {
+        let mut removals = Vec::new();
+        for (id, units) in kept {
+            let group = anatomy.groups.iter().find(|g| g.id == *id).ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
+            let gone = gone_of(group, units)?;
+            if !gone.is_empty() {
+                removals.push(Removal { group, gone });
+            }
+        }
+        let mut stand_in = BTreeMap::new();
+        for r in removals.iter().filter(|r| r.group.nest.is_empty()) {
+            let size = anatomy.axes.classes()[r.group.leaf].size.unwrap_or(0);
+            let first = (0..size).find(|c| !r.gone.contains(&(0, *c))).unwrap_or(0);
+            stand_in.insert(r.group.leaf, first);
+        }
+        let classes = removals.iter().map(|r| r.group.leaf).collect();
+        let set = Self { anatomy, removals, stand_in, classes };
+        set.check_equal()?;
+        Ok(set)
+    }
+
+    /// Every head that stays keeps the same number of dims.
+    fn check_equal(&self) -> Result<(), CutError> {
+        for r in &self.removals {
+            let mut count = None;
+            for row in (0..r.group.nest_count()).filter(|row| !self.row_is_gone(r.group, *row)) {
+                let gone = r.gone.iter().filter(|(x, _)| x == &row).count();
+                let left = self.anatomy.axes.classes()[r.group.leaf].size.unwrap_or(0) - gone;
+                match count {
+                    None => count = Some(left),
+                    Some(one) if one != left => {
+                        return Err(CutError::Unequal { group: r.group.id.clone(), one, other: left });
+                    }
+                    Some(_) => {}
+                }
+            }
+            if count == Some(0) {
+                return Err(CutError::Emptied(r.group.id.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a head that the group's units are nested in is removed as a whole.
+    fn row_is_gone(&self, group: &Group, row: usize) -> bool {
+        let mut rest = row;
+        for (class, size) in group.nest.iter().rev() {
+            let at = rest % size;
+            rest /= size;
+            if self.removals.iter().any(|r| r.group.leaf == *class && r.group.nest.is_empty() && r.gone.contains(&(0, at))) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Number of positions that stay of a class, in each head.
+    pub fn class_size(&self, class: ClassId) -> Option<usize> {
+        let size = self.anatomy.axes.classes()[class].size?;
+        let Some(r) = self.removals.iter().find(|r| r.group.leaf == class) else { return Some(size) };
+        let row = (0..r.group.nest_count()).find(|row| !self.row_is_gone(r.group, *row)).unwrap_or(0);
+        Some(size - r.gone.iter().filter(|(x, _)| *x == row).count())
+    }
+
+    /// Whether anything is removed.
+    pub fn is_empty(&self) -> bool {
+        self.removals.is_empty()
+    }
+
+    /// Carriers and axes that lose positions.
+    pub fn touched(&self) -> BTreeSet<AxisOf> {
+        let members = self.classes.iter().flat_map(|c| &self.anatomy.axes.classes()[*c].members);
+        members.map(|m| (m.carrier, m.axis)).collect()
+    }
+
+    /// Which positions of a region are removed.
+    fn gone_in(&self, region: &Region) -> Vec<bool> {
+        let mut gone = vec![false; region.positions.len()];
+        for r in &self.removals {
+            if !region.factors.iter().any(|(c, _)| *c == r.group.leaf) {
+                continue;
+            }
+            for (offset, gone) in gone.iter_mut().enumerate() {
+                let mut rest = offset;
+                let mut at: BTreeMap<ClassId, usize> = BTreeMap::new();
+                for (class, size) in region.factors.iter().rev() {
+                    at.insert(*class, rest % size);
+                    rest /= size;
+                }
+                let row = r.group.nest.iter().fold(0, |row, (class, size)| {
+                    row * size + at.get(class).or_else(|| self.stand_in.get(class)).copied().unwrap_or(0)
+                });
+                *gone |= r.gone.contains(&(row, at[&r.group.leaf]));
+            }
+        }
+        gone
+    }
+
+    /// What stays of an axis of a carrier, all cases together.
+    pub fn stays(&self, at: AxisOf) -> Stays {
+        let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
+        let mut ragged = false;
+        for region in self.anatomy.axes.regions(at) {
+            let gone = self.gone_in(&region);
+            let count = |g: &[bool]| g.iter().filter(|x| **x).count();
+            match patterns.get(&region.positions) {
+                Some(known) => ragged |= count(known) != count(&gone),
+                None => {
+                    patterns.insert(region.positions, gone);
+                }
+            }
+        }
+        if ragged {
+            return Stays::Ragged;
+        }
+        let mut kept: Vec<usize> = Vec::new();
+        let mut lost = false;
+        for (positions, gone) in patterns {
+            lost |= gone.iter().any(|g| *g);
+            kept.extend(positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p));
+        }
+        kept.sort_unstable();
+        if lost { Stays::Positions(kept) } else { Stays::Whole }
+    }
+
+    /// What stays of an axis of a carrier in one case, and the positions that the case covers.
+    pub fn stays_in_case(&self, at: AxisOf, case: usize) -> Option<(Vec<usize>, Vec<usize>)> {
+        let region = self.anatomy.axes.region(at, case)?;
+        let gone = self.gone_in(&region);
+        let kept = region.positions.iter().zip(gone).filter(|(_, g)| !g).map(|(p, _)| *p).collect();
+        Some((kept, region.positions))
+    }
+
+    /// Number of cases of a carrier.
+    pub fn case_count(&self, carrier: CarrierId) -> usize {
+        self.anatomy.axes.case_count(carrier)
+    }
+}
+
+fn gone_of(group: &Group, kept: &[usize]) -> Result<BTreeSet<(usize, usize)>, CutError> {
+    let stays: BTreeSet<usize> = kept.iter().copied().collect();
+    let units = group.units();
+    if let Some(unit) = stays.iter().find(|u| **u >= units) {
+        return Err(CutError::UnknownUnit { group: group.id.clone(), unit: *unit, units });
+    }
+    let width = group.stored.len();
+    let mut gone = BTreeSet::new();
+    for unit in 0..units {
+        let partners = group.bundle(unit);
+        let torn = partners.iter().find(|p| !stays.contains(p));
+        match (stays.contains(&unit), torn) {
+            (true, Some(partner)) => {
+                return Err(CutError::TornPair { group: group.id.clone(), unit, partner: *partner });
+            }
+            (true, None) => {}
+            (false, _) => {
+                gone.insert((unit / width, group.stored[unit % width]));
+            }
+        }
+    }
+    if stays.is_empty() {
+        return Err(CutError::Emptied(group.id.clone()));
+    }
+    Ok(gone)
+}

@@ -1,0 +1,218 @@
+//! Shape arithmetic after a cut.
+//!
+//! Two steps keep it simple. [`freeze`] makes every number that was read off a cut axis what it was before, so that run-time
+//! arithmetic (the scale `1/sqrt(E)` among it) is that of the original; then each operator's `refit` asks [`patch`] for the entries
+//! of its shape constant that the cut changes.
+
+use crate::graph::build::{Builder, attr};
+use crate::graph::{AttrValue, DType, Graph, NewNode, NodeId, SideMap, Tensor, Use, ValueId};
+use crate::infer::{Dim, Fact, Facts, InferCx, Known};
+use crate::ops;
+
+/// Makes what Shape nodes read of cut axes the numbers of before. `size` gives the size that an axis has after the cut.
+pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, usize) -> Option<usize>) {
+    let mut tainted: SideMap<ValueId, Option<Fact>> = SideMap::filled(graph.value_count(), None);
+    for id in graph.order().to_vec() {
+        let node = graph.node(id).clone();
+        let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
+        let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(facts, &tainted, size, v))).collect();
+        let reads_shape = matches!(rule.axes, ops::Axes::ShapeOnly);
+        let reads_tainted = node.inputs().iter().flatten().any(|v| tainted[*v].is_some());
+        if !reads_shape && !reads_tainted {
+            continue;
+        }
+        let cx = InferCx::with_inputs(graph, id, inputs.iter().map(Option::as_ref).collect());
+        let new = (rule.infer)(&cx).unwrap_or_default();
+        for (v, new) in node.outputs().iter().flatten().zip(new) {
+            let old = facts.get(*v);
+            if new.known == old.known && old.known.is_some() {
+                continue;
+            }
+            match (&old.known, old.dtype) {
+                (Some(known), Some(dtype)) if numbers(known).is_some() => {
+                    let constant = constant_of(known, dtype, old.shape.as_deref().unwrap_or(&[]));
+                    let name = format!("{}_frozen", graph.value(*v).name());
+                    let frozen = graph.add_initializer(&name, constant);
+                    graph.replace_uses(*v, frozen);
+                }
+                // A vector with symbols in it: what is read from it is looked at one by one.
+                (Some(Known::Ints(_)), _) if reads_shape => tainted[*v] = Some(new),
+                _ if reads_tainted && !reads_shape => restore_source(graph, facts, id, &tainted),
+                _ => {}
+            }
+        }
+        let known_outputs = node.outputs().iter().flatten().all(|v| facts.get(*v).known.is_some());
+        if reads_tainted && !known_outputs {
+            restore_source(graph, facts, id, &tainted);
+        }
+    }
+}
+
+/// The fact of a value after the cut, content included where it is shape arithmetic.
+fn after(
+    facts: &Facts,
+    tainted: &SideMap<ValueId, Option<Fact>>,
+    size: &dyn Fn(ValueId, usize) -> Option<usize>,
+    v: ValueId,
+) -> Fact {
+    if let Some(fact) = &tainted[v] {
+        return fact.clone();
+    }
+    let mut fact = facts.get(v).clone();
+    if let Some(shape) = &mut fact.shape {
+        for (axis, d) in shape.iter_mut().enumerate() {
+            if let Some(n) = size(v, axis) {
+                *d = Dim::from(n);
+            }
+        }
+    }
+    fact
+}
+
+/// Gives a node that reads a changed shape vector the original's numbers: `Where(is number, number, vector)`.
+fn restore_source(graph: &mut Graph, facts: &Facts, id: NodeId, tainted: &SideMap<ValueId, Option<Fact>>) {
+    for slot in 0..graph.node(id).inputs().len() {
+        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.len() > crate::graph::Id::index(*v) && tainted[*v].is_some())
+        else {
+            continue;
+        };
+        let Some(Known::Ints(old)) = &facts.get(v).known else { continue };
+        let entries: Vec<(usize, i64)> = old.iter().enumerate().filter_map(|(i, d)| d.known().map(|n| (i, n))).collect();
+        let fixed = overlay(graph, v, old.len(), &entries);
+        graph.set_input(Use { node: id, slot }, Some(fixed));
+    }
+}
+
+fn numbers(known: &Known) -> Option<usize> {
+    match known {
+        Known::Ints(v) => v.iter().all(|d| d.known().is_some()).then_some(v.len()),
+        Known::Floats(v) => Some(v.len()),
+    }
+}
+
+fn constant_of(known: &Known, dtype: DType, shape: &[Dim]) -> Tensor {
+    let dims: Vec<usize> = shape.iter().filter_map(Dim::size).collect();
+    match known {
+        Known::Floats(v) => {
+            let values: Vec<f32> = v.iter().map(|x| *x as f32).collect();
+            Tensor { dims, ..Tensor::new(dtype, vec![], bytes::Bytes::new()).with_f32s(&values) }
+        }
+        Known::Ints(v) => {
+            let values = v.iter().map(|d| d.known().unwrap_or(0));
+            let bytes: Vec<u8> = match dtype.bits() {
+                8 => values.map(|x| x.to_le_bytes()[0]).collect(),
+                32 => values.flat_map(|x| (x as i32).to_le_bytes()).collect(),
+                _ => values.flat_map(i64::to_le_bytes).collect(),
+            };
+            Tensor::new(dtype, dims, bytes.into())
+        }
+    }
+}
+
+/// `vector` with some entries replaced by numbers.
+fn overlay(graph: &mut Graph, vector: ValueId, len: usize, entries: &[(usize, i64)]) -> ValueId {
+    let (mut mask, mut values) = (vec![false; len], vec![0i64; len]);
+    for (i, n) in entries {
+        mask[*i] = true;
+        values[*i] = *n;
+    }
+    let name = graph.value(vector).name().to_string();
+    let mut b = Builder::new(graph, &format!("{name}_cut."));
+    let (mask, values) = (b.constant(Tensor::bools(&mask)), b.ints(&values));
+    b.op("Where", &[mask, values, vector], vec![])
+}
+
+/// Gives entries of the integer vector at an input new values, in the cheapest form that touches nobody else.
+pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize, i64)]) {
+    let Some(v) = graph.node(at.node).input(at.slot) else { return };
+    let alone = graph.value(v).users().len() == 1 && !graph.outputs().contains(&v);
+    if let Some(t) = graph.constant(v) {
+        let patched = patched_constant(&t, entries);
+        if alone {
+            graph.set_constant(v, patched);
+        } else {
+            let name = format!("{}_cut", graph.value(v).name());
+            let clone = graph.add_initializer(&name, patched);
+            graph.set_input(at, Some(clone));
+        }
+        return;
+    }
+    let len = facts_len(graph, facts, v, at, entries);
+    match graph.value(v).producer().map(|(n, _)| (n, graph.node(n).clone())) {
+        Some((concat, node)) if node.op() == "Concat" => {
+            let target = if alone { concat } else { copy_node(graph, concat, at) };
+            patch_pieces(graph, facts, target, entries);
+        }
+        _ => {
+            let fixed = overlay(graph, v, len, entries);
+            graph.set_input(at, Some(fixed));
+        }
+    }
+}
+
+fn facts_len(graph: &Graph, facts: &Facts, v: ValueId, at: Use, entries: &[(usize, i64)]) -> usize {
+    let known = (crate::graph::Id::index(v) < facts.len()).then(|| facts.get(v)).and_then(|f| f.shape.as_ref());
+    let len = known.and_then(|s| s.first()).and_then(Dim::size);
+    let _ = (graph, at);
+    len.unwrap_or_else(|| entries.iter().map(|(i, _)| i + 1).max().unwrap_or(0))
+}
+
+/// A copy of a node for one reader of its first output.
+fn copy_node(graph: &mut Graph, id: NodeId, reader: Use) -> NodeId {
+    let node = graph.node(id).clone();
+    let name = node.output(0).map(|v| graph.value(v).name().to_string()).unwrap_or_default();
+    let out = graph.add_value(&format!("{name}_cut"));
+    let copy = graph.add_node(NewNode {
+        name: graph.value(out).name().to_string(),
+        op: node.op().to_string(),
+        domain: node.domain().to_string(),
+        inputs: node.inputs().to_vec(),
+        outputs: vec![Some(out)],
+        attrs: node.attrs().to_vec(),
+        ..NewNode::default()
+    });
+    graph.set_input(reader, Some(out));
+    copy
+}
+
+/// Patches the pieces of a Concat of integer vectors.
+fn patch_pieces(graph: &mut Graph, facts: &Facts, concat: NodeId, entries: &[(usize, i64)]) {
+    let mut start = 0;
+    for slot in 0..graph.node(concat).inputs().len() {
+        let Some(piece) = graph.node(concat).input(slot) else { continue };
+        let len = facts.get(piece).shape.as_ref().and_then(|s| s.first()).and_then(Dim::size).unwrap_or(1);
+        let inside: Vec<(usize, i64)> =
+            entries.iter().filter(|(i, _)| (start..start + len).contains(i)).map(|(i, n)| (i - start, *n)).collect();
+        if inside.len() == len && graph.constant(piece).is_none() {
+            let values: Vec<i64> = inside.iter().map(|(_, n)| *n).collect();
+            let name = format!("{}_cut", graph.value(piece).name());
+            let constant = graph.add_initializer(&name, Tensor::i64s(&values));
+            graph.set_input(Use { node: concat, slot }, Some(constant));
+        } else if !inside.is_empty() {
+            patch(graph, facts, Use { node: concat, slot }, &inside);
+        }
+        start += len;
+    }
+}
+
+fn patched_constant(t: &Tensor, entries: &[(usize, i64)]) -> Tensor {
+    let mut values = t.to_i64s().unwrap_or_default();
+    for (i, n) in entries {
+        values[*i] = *n;
+    }
+    let bytes: Vec<u8> = if t.dtype == DType::I32 {
+        values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect()
+    } else {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    };
+    Tensor { bytes: bytes.into(), ..t.clone() }
+}
+
+/// A Gather of constant positions, for what no constant can be cut for.
+pub(super) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[usize]) -> ValueId {
+    let name = graph.value(v).name().to_string();
+    let index: Vec<i64> = positions.iter().map(|p| *p as i64).collect();
+    let mut b = Builder::new(graph, &format!("{name}_cut."));
+    let index = b.ints(&index);
+    b.op("Gather", &[v, index], vec![attr("axis", AttrValue::Int(axis as i64))])
+}
