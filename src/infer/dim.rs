@@ -376,9 +376,9 @@ mod tests {
         assert_eq!((&(&n * &m) - &two).at_least(), Some(-1));
         assert_eq!((&n - &m).at_least(), None);
         assert_eq!(n.floor_div(&two).at_least(), Some(0));
-        assert_eq!(n.max(&Dim::from(7i64)).at_least(), Some(7));
-        assert_eq!((&n - &m).max(&two).at_least(), Some(2));
-        assert_eq!((&n - &m).min(&two).at_least(), None);
+        assert_eq!(Dim::max(&n, &Dim::from(7i64)).at_least(), Some(7));
+        assert_eq!(Dim::max(&(&n - &m), &two).at_least(), Some(2));
+        assert_eq!(Dim::min(&(&n - &m), &two).at_least(), None);
     }
 
     #[test]

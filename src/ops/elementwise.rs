@@ -120,4 +120,4 @@ fn is_positive(cx: &mut GradCx<'_>, x: ValueId) -> ValueId {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -443,3 +443,49 @@ fn batch_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::graph::{AttrValue, DType};
+    use crate::ops::elementwise::tests::OneNode;
+
+    #[test]
+    fn layers_are_normalized_from_axis_on() {
+        let node = OneNode::new(17).input(DType::F16, "b 197 n").input(DType::F16, "n").input(DType::F16, "n");
+        let done = node.run("LayerNormalization", &[], 3).expect("the shapes fit");
+        assert_eq!((done.shape(0).as_str(), done.fact(0).dtype), ("b 197 n", Some(DType::F16)));
+        assert_eq!((done.shape(1).as_str(), done.fact(2).dtype), ("b 197 1", Some(DType::F32)));
+        let same = "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2 in1.0=out0.2 in2.0=out0.2";
+        let statistics = "in0.0=out1.0 in0.1=out1.1 in0.0=out2.0 in0.1=out2.1";
+        assert_eq!(done.links(), format!("{same} in0.2! {statistics}"));
+        let rms = OneNode::new(23).floats("b m n").floats("m n");
+        let rms = rms.run("RMSNormalization", &[("axis", AttrValue::Int(1))], 1).expect("the shapes fit");
+        assert_eq!(rms.links(), "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2 in1.0=out0.1 in1.1=out0.2 in0.1! in0.2!");
+    }
+
+    #[test]
+    fn channels_stay_parallel_where_statistics_are_constant_or_per_channel() {
+        let batch = OneNode::new(17).floats("b c h").floats("c").floats("c").floats("c").floats("c");
+        let batch = batch.run("BatchNormalization", &[], 1).expect("the shapes fit");
+        let same = "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2 in1.0=in0.1 in2.0=in0.1";
+        assert_eq!(batch.links(), format!("{same} in3.0=in0.1 in4.0=in0.1"));
+        let node = |opset| OneNode::new(opset).floats("b c h").floats("c").floats("c");
+        let instance = node(17).run("InstanceNormalization", &[], 1).expect("the shapes fit");
+        assert_eq!(instance.links(), format!("{same} in0.2!"));
+        let group = node(21).run("GroupNormalization", &[("num_groups", AttrValue::Int(2))], 1).expect("the shapes fit");
+        assert_eq!(group.links(), format!("{same} in0.1! in0.2!"));
+    }
+
+    #[test]
+    fn training_mode_is_a_barrier() {
+        let node = OneNode::new(17).floats("b c").floats("c").floats("c").floats("c").floats("c");
+        let done = node.run("BatchNormalization", &[("training_mode", AttrValue::Int(1))], 3).expect("the shapes fit");
+        assert_eq!((done.shape(1).as_str(), done.links().as_str()), ("c", "in0.0! in0.1! out0.0! out0.1!"));
+    }
+
+    #[test]
+    fn one_axis_has_a_norm() {
+        let done = OneNode::new(17).floats("b m n").run("LpNormalization", &[("axis", AttrValue::Int(1))], 1);
+        assert_eq!(done.expect("the axis fits").links(), "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2 in0.1!");
+    }
+}

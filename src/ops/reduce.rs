@@ -366,3 +366,74 @@ fn topk_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     cx.give(0, dx);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::infer::Known;
+    use crate::ops::elementwise::tests::OneNode;
+
+    fn ints(values: &[i64]) -> AttrValue {
+        AttrValue::Ints(values.to_vec())
+    }
+
+    const DROP: (&str, AttrValue) = ("keepdims", AttrValue::Int(0));
+
+    #[test]
+    fn shapes_and_relations_follow_the_axes() {
+        let case = |op: &str, opset: i64, attrs: &[(&str, AttrValue)], axes: Option<&[i64]>| {
+            let node = OneNode::new(opset).floats("b 197 n");
+            let node = if let Some(axes) = axes { node.constant(Tensor::i64s(axes)) } else { node };
+            let done = node.run(op, attrs, 1).expect("the axes fit");
+            (done.shape(0), done.links())
+        };
+        let expect = |shape: &str, links: &str| (shape.to_string(), links.to_string());
+        assert_eq!(case("ReduceSum", 17, &[], Some(&[-1])), expect("b 197 1", "in0.0=out0.0 in0.1=out0.1 in0.2+"));
+        assert_eq!(case("ReduceSum", 17, &[DROP], Some(&[1])), expect("b n", "in0.0=out0.0 in0.2=out0.1 in0.1+"));
+        assert_eq!(case("ReduceL2", 17, &[("axes", ints(&[2, 0]))], None), expect("1 197 1", "in0.1=out0.1 in0.0+ in0.2+"));
+        assert_eq!(
+            case("ReduceMean", 17, &[("axes", ints(&[-2])), DROP], None),
+            expect("b n", "in0.0=out0.0 in0.2=out0.1 in0.1!")
+        );
+        assert_eq!(case("ReduceMax", 18, &[DROP], None), expect("", "in0.0! in0.1! in0.2!"));
+        let noop = ("noop_with_empty_axes", AttrValue::Int(1));
+        assert_eq!(case("ReduceSum", 18, &[noop], None), expect("b 197 n", "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2"));
+        assert_eq!(
+            case("ArgMax", 17, &[("axis", AttrValue::Int(-1)), DROP], None),
+            expect("b 197", "in0.0=out0.0 in0.1=out0.1 in0.2!")
+        );
+        let all = "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2 in0.0!";
+        assert_eq!(case("CumSum", 17, &[], Some(&[0])), expect("b 197 n", all));
+    }
+
+    #[test]
+    fn axes_computed_at_run_time_leave_nothing_known() {
+        let node = OneNode::new(18).floats("b n").input(DType::I64, "1");
+        let done = node.run("ReduceMean", &[], 1).expect("nothing contradicts");
+        assert_eq!((done.fact(0).shape.clone(), done.links().as_str()), (None, "in0.0! in0.1!"));
+        let wrong = OneNode::new(17).floats("b n").run("ReduceMean", &[("axes", ints(&[2]))], 1);
+        assert_eq!(wrong.err().map(|e| e.what), Some("axes [2] lie outside of rank 2".to_string()));
+    }
+
+    #[test]
+    fn products_of_sizes_are_known() {
+        let sizes = Tensor { dims: vec![2, 3], ..Tensor::i64s(&[2, 3, 4, 5, 6, 7]) };
+        let known = |op: &str, axes: &[i64]| {
+            let node = OneNode::new(18).constant(sizes.clone()).constant(Tensor::i64s(axes));
+            node.run(op, &[DROP], 1).expect("the axes fit").fact(0).known.clone()
+        };
+        let expect = |values: &[i64]| Some(Known::Ints(values.iter().map(|v| Dim::from(*v)).collect()));
+        assert_eq!(known("ReduceProd", &[1]), expect(&[24, 210]));
+        assert_eq!(known("ReduceProd", &[0, 1]), expect(&[5040]));
+        assert_eq!(known("ReduceSum", &[0]), expect(&[7, 9, 11]));
+        assert_eq!(known("ReduceMax", &[-1]), expect(&[4, 7]));
+        assert_eq!(known("ReduceMin", &[-1]), expect(&[2, 5]));
+    }
+
+    #[test]
+    fn top_k_has_k_places() {
+        let done = OneNode::new(17).floats("b n").constant(Tensor::i64s(&[5])).run("TopK", &[], 2).expect("the axis fits");
+        assert_eq!((done.shape(0).as_str(), done.fact(1).dtype), ("b 5", Some(DType::I64)));
+        assert_eq!(done.links(), "in0.0=out0.0 out0.1! in0.0=out1.0 out1.1! in0.1!");
+    }
+}

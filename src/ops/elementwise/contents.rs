@@ -368,3 +368,86 @@ pub(crate) fn cast_known(known: &Known, to: DType) -> Option<Known> {
     let elements = (0..known.len()).map(|i| cast(&element(known, i), to)).collect::<Option<Vec<_>>>()?;
     collect(elements, to)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Graph, NewNode};
+
+    fn value(op: &str, args: &[Scalar]) -> Option<Scalar> {
+        let mut graph = Graph::default();
+        let id = graph.add_node(NewNode { op: op.to_string(), ..NewNode::default() });
+        rule(op).expect("contents are followed")(graph.node(id), args)
+    }
+
+    fn int(v: i64) -> Scalar {
+        Int(Dim::from(v))
+    }
+
+    fn n() -> Dim {
+        Dim::named("n")
+    }
+
+    #[test]
+    fn symbols_are_calculated_with() {
+        let twice = Int(&n() * &Dim::from(2i64));
+        assert_eq!(value("Add", &[Int(n()), Int(n())]), Some(twice.clone()));
+        assert_eq!(value("Div", &[twice.clone(), int(2)]), Some(Int(n())));
+        assert_eq!(value("Div", &[Int(n()), int(16)]), Some(Int(n().floor_div(&Dim::from(16i64)))));
+        assert_eq!(value("Mod", &[twice, int(2)]), Some(int(0)));
+        assert_eq!(value("Max", &[Int(n()), int(1)]), Some(Int(n())));
+        assert_eq!(value("Min", &[Int(n()), int(0)]), Some(int(0)));
+        assert_eq!(value("Clip", &[Int(n()), int(-5), int(0)]), Some(int(0)));
+        assert_eq!(value("Abs", &[Int(n())]), Some(Int(n())));
+        assert_eq!(value("Pow", &[Int(n()), int(2)]), Some(Int(&n() * &n())));
+    }
+
+    #[test]
+    fn division_and_remainder_round_like_the_standard_says() {
+        for (op, a, b, expected) in
+            [("Div", -7, 2, -3), ("Div", 7, 2, 3), ("Mod", -7, 3, 2), ("Mod", 7, -3, -2), ("Mod", 6, 3, 0)]
+        {
+            assert_eq!(value(op, &[int(a), int(b)]), Some(int(expected)), "{op} {a} {b}");
+        }
+        assert_eq!(value("Mod", &[int(1), int(0)]), None);
+        assert_eq!(value("Div", &[Int(&Dim::from(1i64) - &n()), int(2)]), None, "the sign is not known");
+        assert_eq!(value("Round", &[Float(2.5)]), Some(Float(2.0)));
+    }
+
+    #[test]
+    fn comparisons_hold_in_every_run_or_are_unknown() {
+        for (op, other, expected) in [
+            ("Equal", -1, Some(0)),
+            ("Equal", 0, Some(0)),
+            ("Equal", 1, None),
+            ("Greater", 0, Some(1)),
+            ("Less", 1, Some(0)),
+            ("Less", 2, None),
+            ("GreaterOrEqual", 1, Some(1)),
+            ("LessOrEqual", 0, Some(0)),
+        ] {
+            assert_eq!(value(op, &[Int(n()), int(other)]), expected.map(int), "{op} n {other}");
+        }
+        assert_eq!(value("Equal", &[Int(n()), Int(n())]), Some(int(1)));
+        assert_eq!(value("Equal", &[Int(n()), Int(Dim::named("m"))]), None);
+    }
+
+    #[test]
+    fn where_picks_by_element() {
+        assert_eq!(value("Where", &[int(1), Int(n()), int(5)]), Some(Int(n())));
+        assert_eq!(value("Where", &[int(0), Int(n()), int(5)]), Some(int(5)));
+        let unknown = Int(&n() - &Dim::from(1i64));
+        assert_eq!(value("Where", &[unknown.clone(), Int(n()), int(5)]), None);
+        assert_eq!(value("Where", &[unknown, int(5), int(5)]), Some(int(5)));
+    }
+
+    #[test]
+    fn casts_follow_the_target() {
+        assert_eq!(cast(&Float(-2.7), DType::I64), Some(int(-2)));
+        assert_eq!(cast(&Float(f64::NAN), DType::I64), None);
+        assert_eq!(cast(&Int(n()), DType::F32), None);
+        assert_eq!(cast(&Int(n()), DType::Bool), Some(int(1)));
+        assert_eq!(collect(vec![int(300)], DType::U8), None);
+        assert_eq!(collect(vec![Float(0.1)], DType::F16), Some(Known::Floats(vec![half::f16::from_f32(0.1).to_f64()])));
+    }
+}
