@@ -5,7 +5,10 @@
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
 pub mod attention;
+pub mod conv;
+pub mod einsum;
 pub mod elementwise;
+pub mod matmul;
 pub mod norm;
 pub mod reduce;
 pub mod softmax;
@@ -90,6 +93,9 @@ static FAMILIES: &[&[OpRule]] = &[
     norm::RULES,
     reduce::RULES,
     softmax::RULES,
+    matmul::RULES,
+    einsum::RULES,
+    conv::RULES,
 ];
 
 /// All records.
