@@ -1,2 +1,3 @@
 //! vitrim.
+pub mod data;
 pub mod graph;
