@@ -1,2 +1,4 @@
 //! vitrim.
+pub mod data;
 pub mod graph;
+pub mod runtime;
