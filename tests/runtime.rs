@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use vitrim::data::array::{Array, ArrayData};
-use vitrim::runtime::{Device, Error, LibrarySource, Optimize, RuntimeName, SessionOptions, Surroundings};
-use vitrim::runtime::{find, open, open_with_initializers, search};
+use vitrim::runtime::{Device, Error, InstallOptions, LibrarySource, Optimize, Probe, Progress, RuntimeName, SessionOptions};
+use vitrim::runtime::{Surroundings, find, install, open, open_with_initializers, preflight, search};
 
 fn fixture(name: &str) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/runtime").join(name);
@@ -292,7 +292,7 @@ fn nothing_relative_is_searched_and_the_message_names_the_places() {
 mod with_ort {
     use std::time::{Duration, Instant};
 
-    use vitrim::runtime::{BoundSession, Probe, StateSpec, preflight};
+    use vitrim::runtime::{BoundSession, StateSpec};
 
     use super::*;
 
@@ -497,4 +497,28 @@ mod with_ort {
         assert_eq!(session.read_state("lr").unwrap_err().to_string(), "\"lr\": is not state");
         assert!(matches!(session.step(), Err(Error::Run { .. })), "no batch yet");
     }
+}
+
+#[test]
+#[ignore = "downloads 17 MB, and 256 MB with VITRIM_TEST_CUDA=1"]
+fn the_pinned_package_is_installed_and_found() {
+    let cache = tempfile::tempdir().unwrap();
+    let mut around = Surroundings::of_process();
+    around.variables.remove("VITRIM_ORT_LIB");
+    around.variables.remove("ORT_DYLIB_PATH");
+    around.variables.insert("XDG_CACHE_HOME".into(), cache.path().into());
+    let options = InstallOptions { cuda: std::env::var_os("VITRIM_TEST_CUDA").is_some(), offline: false };
+    let mut steps = Vec::new();
+    let folder = install(&options, &around, &mut |step| steps.push(step)).unwrap();
+    assert!(steps.len() > 3 && steps.last() == Some(&Progress::Done { folder: folder.clone() }), "{steps:?}");
+    assert_eq!(fs::read_dir(cache.path().join("vitrim")).unwrap().count(), 1, "nothing else is left");
+    let found = search(None, &around).unwrap().0.unwrap();
+    assert_eq!((found.source, found.path.parent()), (LibrarySource::Cache, Some(folder.as_path())));
+    if RuntimeName::Ort.is_built() {
+        let version = preflight(&found.path, &Probe::Thread).unwrap();
+        assert!(folder.ends_with(format!("onnxruntime-{version}")) || folder.ends_with(format!("onnxruntime-gpu-{version}")));
+    }
+    let mut again = Vec::new();
+    install(&InstallOptions { offline: true, ..options }, &around, &mut |step| again.push(step)).unwrap();
+    assert_eq!(again, [Progress::Present { folder }]);
 }
