@@ -2,6 +2,8 @@
 //!
 //! Tests that need ONNX Runtime find it as the command does; where there is none they say that they skip.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;

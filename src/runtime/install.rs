@@ -237,11 +237,18 @@ fn download(package: &Package, work: &Path) -> Result<PathBuf, Error> {
 }
 
 fn check_hash(package: &Package, file: &Path) -> Result<(), Error> {
-    let found = sha256_of(file).map_err(|source| Error::Io { path: file.to_path_buf(), source })?;
+    let found = library_sha256(file)?;
     if found == package.sha256 {
         return Ok(());
     }
     Err(Error::Hash { package: package.to_string(), expected: package.sha256, found })
+}
+
+/// The sha256 of a library, for reports. 64 hexadecimal digits.
+///
+/// Errors: [`Error::Io`]; also for a bare name that only the system's loader resolves.
+pub fn library_sha256(path: &Path) -> Result<String, Error> {
+    sha256_of(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })
 }
 
 fn sha256_of(file: &Path) -> io::Result<String> {

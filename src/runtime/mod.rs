@@ -22,7 +22,7 @@ use std::fmt;
 
 use crate::data::array::Array;
 pub use error::{Error, Looked};
-pub use install::{InstallOptions, Progress, find_or_install, install};
+pub use install::{InstallOptions, Progress, find_or_install, install, library_sha256};
 pub use library::{Found, LibraryChoice, LibrarySource, Surroundings, find, search};
 pub use probe::{MINIMUM_VERSION, PROBE_ARGUMENT, Probe, TIME_LIMIT, answer_probe, preflight};
 pub use train::{BoundSession, StateSpec};

@@ -47,7 +47,7 @@ pub(crate) fn loaded(choice: &LibraryChoice) -> Result<Loaded, Error> {
     }
     let path = find(choice)?.path;
     let version = preflight(&path, &choice.probe)?;
-    let start = |reason: String| Error::Start { path: path.clone(), reason: one_line(&reason) };
+    let start = |reason: String| Error::Start { path: path.clone(), reason: plain(&reason) };
     let builder = ::ort::init_from(&path).map_err(|error| start(error.to_string()))?;
     let environment = builder.with_name("vitrim").with_telemetry(false).build().map_err(|error| start(error.to_string()))?;
     environment.set_log_level(log_level());
@@ -106,6 +106,13 @@ pub(crate) fn open_native(bytes: &[u8], initializers: Vec<(String, Array)>, opti
     Ok(Opened { native, device, version: loaded.version })
 }
 
+/// An error in one line, without the place in ONNX Runtime's source and the number of the error that it may begin with.
+fn plain(text: &str) -> String {
+    const MARK: &str = "[ONNXRuntimeError] : ";
+    let words = text.rsplit_once(MARK).and_then(|(_, rest)| rest.splitn(3, " : ").nth(2)).unwrap_or(text);
+    one_line(words)
+}
+
 fn has_cuda() -> bool {
     ep::CUDA::is_available().unwrap_or(false)
 }
@@ -117,13 +124,13 @@ fn commit(
     options: &SessionOptions,
     cuda: Option<u32>,
 ) -> Result<Native, Error> {
-    let load = |error: ::ort::Error| Error::Load { runtime: RuntimeName::Ort, reason: one_line(&error.to_string()) };
+    let load = |error: ::ort::Error| Error::Load { runtime: RuntimeName::Ort, reason: plain(&error.to_string()) };
     let mut builder = configured(loaded, options).map_err(load)?;
     for (name, value) in outside {
         builder = builder.with_external_initializer(name, std::sync::Arc::clone(value)).map_err(|error| load(error.into()))?;
     }
     if let Some(device) = cuda {
-        let refused = |reason: String| Error::Cuda { device, reason: one_line(&reason) };
+        let refused = |reason: String| Error::Cuda { device, reason: plain(&reason) };
         let number = i32::try_from(device).map_err(|_| refused("there is no such device".to_string()))?;
         let provider = ep::CUDA::default()
             .with_device_id(number)
@@ -197,7 +204,7 @@ impl Session for OrtSession {
 }
 
 pub(crate) fn run_error(error: &::ort::Error) -> Error {
-    Error::Run { runtime: RuntimeName::Ort, reason: one_line(&error.to_string()) }
+    Error::Run { runtime: RuntimeName::Ort, reason: plain(&error.to_string()) }
 }
 
 /// The element type of an array in ONNX Runtime's words.
@@ -314,4 +321,16 @@ pub(crate) fn to_array(name: &str, value: &DynValue) -> Result<Array, Error> {
         _ => return Err(other(dtype.to_string())),
     };
     Ok(Array { dims, data })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_loses_its_place_in_the_source() {
+        let text = "/src/bridge.cc:2043 Provider& Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load : x.so";
+        assert_eq!(plain(text), "Failed to load : x.so");
+        assert_eq!(plain("Invalid input\nname"), "Invalid input name");
+    }
 }

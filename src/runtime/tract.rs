@@ -1,8 +1,8 @@
 //! tract: an engine written independently of ONNX Runtime and linked in, so that a result can be proven without the latter.
 //!
 //! A plan is made for the dims of the feeds and kept for the next run with the same dims. Example: a model with input
-//! \[batch, 3, 224, 224\] run with \[3, 3, 224, 224\] is planned for batch 3; where tract refuses a fixed batch, the plan is
-//! made with the symbol, which is slower and gives the same numbers.
+//! \[batch, 3, 224, 224\] run with \[3, 3, 224, 224\] is planned for batch 3. Where tract fails in planning, a plan is made
+//! without its rewrites, or with the symbol, which is slower; either makes it run some exports that it otherwise refuses.
 //!
 //! Invariant: tract's errors and panics both end as [`Error::Load`] or [`Error::Run`], in one line.
 
@@ -74,18 +74,31 @@ impl TractSession {
         if let Some(plan) = self.plans.iter().find(|plan| plan.dims == dims) {
             return Ok(Arc::clone(&plan.runnable));
         }
-        let fixed = guarded(load_error, || make_plan(&self.model, Some(dims), self.optimize));
-        let runnable = match (fixed, self.fixed_dims()) {
-            (Ok(runnable), _) => runnable,
-            // Nothing symbolic is left to try with.
-            (Err(error), Some(_)) => return Err(error),
-            (Err(error), None) => guarded(load_error, || make_plan(&self.model, None, self.optimize)).map_err(|_| error)?,
-        };
+        let runnable = self.make(dims)?;
         if self.plans.len() >= PLAN_COUNT {
             self.plans.remove(0);
         }
         self.plans.push(Plan { dims: dims.to_vec(), runnable: Arc::clone(&runnable) });
         Ok(runnable)
+    }
+
+    /// A plan with fixed dims and tract's rewrites; where tract fails in that, less of both. The numbers are the same, only
+    /// slower. The error is that of the first try.
+    fn make(&self, dims: &[Vec<usize>]) -> Result<Arc<TypedRunnableModel>, Error> {
+        let is_symbolic = self.fixed_dims().is_none();
+        let mut first_error = None;
+        for (dims, optimize) in
+            [(Some(dims), Optimize::On), (Some(dims), Optimize::Off), (None, Optimize::On), (None, Optimize::Off)]
+        {
+            let is_wanted = optimize == Optimize::Off || self.optimize == Optimize::On;
+            if is_wanted && (dims.is_some() || is_symbolic) {
+                match guarded(load_error, || make_plan(&self.model, dims, optimize)) {
+                    Ok(runnable) => return Ok(runnable),
+                    Err(error) => first_error = first_error.or(Some(error)),
+                }
+            }
+        }
+        Err(first_error.unwrap_or_else(|| load_error("there is no way to plan it".to_string())))
     }
 
     /// The feeds in the model's order, each once.
