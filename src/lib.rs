@@ -9,5 +9,6 @@ pub mod data;
 pub mod graph;
 pub mod infer;
 pub mod ops;
+pub mod runtime;
 pub mod slice;
 pub mod supernet;
