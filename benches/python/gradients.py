@@ -23,6 +23,7 @@ gradient, by central differences, which a wrong orientation would fail.
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,16 @@ def record(path, model, recorded, gradients):
     recorded_file = path.with_suffix(".safetensors")
     save_file(tensors, recorded_file, metadata)
     recorded_file.chmod(0o644)  # the writer leaves it readable for the owner only
+    sort_header(recorded_file)
+
+
+def sort_header(path):
+    """Rewrites the JSON header with sorted keys: the safetensors writer gives the metadata in another order at every run."""
+    content = path.read_bytes()
+    data_start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:data_start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[data_start:])
 
 
 def find(values, stored, what):
