@@ -1,6 +1,5 @@
-
 //! vitrim makes an exported vision transformer smaller, on the ONNX file itself, and proves the result.
-//! vitrim.
+
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
