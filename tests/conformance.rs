@@ -19,7 +19,7 @@ use vitrim::autodiff::differentiate;
 use vitrim::autodiff::interface::{add_output, declare};
 use vitrim::data::array::{Array, ArrayData};
 use vitrim::graph::build::Builder;
-use vitrim::graph::{DType, Graph, Tensor, ValueId};
+use vitrim::graph::{DType, Declared, Graph, NodeId, Tensor, ValueId};
 use vitrim::infer::{self, Facts, Known};
 use vitrim::ops::{self, Grad};
 
@@ -150,11 +150,14 @@ fn check_grad(case: &Case, output_count: usize) -> Result<(), String> {
     let mut forward = session(&graph)?;
     let mut feeds = case.feeds();
     let outputs = forward.run(&feeds).map_err(|e| e.to_string())?;
+    if !outputs.iter().take(output_count).any(|(_, y)| dtype_of(y).is_float()) {
+        return Err("no output is a float".into());
+    }
     let mut random = Random(99);
     let weights: Vec<(String, Vec<f32>)> = outputs
         .iter()
         .take(output_count)
-        .filter(|(_, y)| dtype_of(y) == DType::F32)
+        .filter(|(_, y)| dtype_of(y).is_float())
         .map(|(n, y)| (n.clone(), random.f32s(y.len(), 0.5, 1.5).into_iter().map(|r| if random.bits() & 1 == 0 { r } else { -r }).collect()))
         .collect();
     let wanted: Vec<usize> = (0..feeds.len()).filter(|i| dtype_of(&feeds[*i].1) == DType::F32).collect();
@@ -219,17 +222,15 @@ fn run_gradients(
         let grad = grad.ok_or_else(|| format!("the loss does not depend on {name}"))?;
         names.push(format!("grad.{name}"));
         add_output(graph, grad, names.last().unwrap(), vec![]).map_err(|e| e.to_string())?;
-        let undeclared = vitrim::graph::Declared { dtype: None, dims: None, extra: Default::default() };
+        let undeclared = Declared { dtype: None, dims: None, extra: Default::default() };
         let out = graph.find(names.last().unwrap()).unwrap();
         graph.set_declared(out, undeclared);
     }
     graph.remove_dead(&|_, _| false);
     let after = infer::facts(graph).map_err(|e| format!("gradient graph: {e}"))?;
-    if let Some(id) = cuda::nodes_without_kernel(graph, &after).into_iter().find(|id| !graph.node(*id).name().is_empty()) {
-        let node = graph.node(id);
-        if node.name() != "node" {
-            return Err(format!("CUDA has no kernel for {} of the gradient", node.op()));
-        }
+    let of_gradient = |id: &NodeId| graph.node(*id).name() != "node";
+    if let Some(id) = cuda::nodes_without_kernel(graph, &after).into_iter().find(of_gradient) {
+        return Err(format!("CUDA has no kernel for {} of the gradient", graph.node(id).op()));
     }
     let found = session(graph)?.run(feeds).map_err(|e| e.to_string())?;
     Ok(names.iter().map(|n| output(&found, n).clone()).collect())
@@ -242,6 +243,8 @@ fn add_loss(graph: &mut Graph, outputs: &[(String, Array)], weights: &[(String, 
         let dims = &output(outputs, name).dims;
         let mut b = Builder::new(graph, "loss.");
         let r = b.constant(Tensor::f32(dims, r));
+        let is_f32 = dtype_of(output(outputs, name)) == DType::F32;
+        let y = if is_f32 { y } else { b.cast(y, DType::F32) };
         let product = b.mul(y, r);
         let axes: Vec<i64> = (0..dims.len() as i64).collect();
         terms.push(if axes.is_empty() { product } else { b.reduce_sum(product, &axes, false) });

@@ -1,6 +1,6 @@
 //! Cases of tests/fixtures/ops/*.json: one operator, its inputs, and what to check.
 
-use super::{Random, array_of};
+use crate::harness::{Random, array_of};
 use serde_json::Value as Json;
 use vitrim::autodiff::interface::declare;
 use vitrim::data::array::Array;
@@ -8,35 +8,35 @@ use vitrim::graph::build::attr;
 use vitrim::graph::{AttrValue, DType, DeclaredDim, Graph, Id, NewNode, Tensor, ValueId};
 
 /// One line of a fixture file.
-pub struct Case {
-    pub label: String,
-    pub op: String,
-    pub domain: String,
+pub(crate) struct Case {
+    pub(crate) label: String,
+    pub(crate) op: String,
+    pub(crate) domain: String,
     opset: i64,
     attrs: Vec<(String, AttrValue)>,
     /// Name, content, and whether it is a constant; `None` where the input is left out.
-    pub inputs: Vec<Option<Input>>,
+    pub(crate) inputs: Vec<Option<Input>>,
     output_count: usize,
     checks: Vec<String>,
 }
 
 /// One input of a case.
-pub struct Input {
-    pub name: String,
-    pub tensor: Tensor,
-    pub constant: bool,
+pub(crate) struct Input {
+    pub(crate) name: String,
+    pub(crate) tensor: Tensor,
+    pub(crate) constant: bool,
 }
 
 /// The first axis of the first input is a symbol, or all sizes are numbers.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Batch {
+pub(crate) enum Batch {
     Fixed,
     Symbol,
 }
 
 impl Case {
     /// Reads one object.
-    pub fn read(file: &str, number: usize, json: &Json) -> Result<Self, String> {
+    pub(crate) fn read(file: &str, number: usize, json: &Json) -> Result<Self, String> {
         let text = |key: &str| json[key].as_str().unwrap_or_default().to_string();
         let mut random = Random(number as u64 + 1);
         let inputs = json["inputs"].as_array().ok_or("no inputs")?;
@@ -56,12 +56,12 @@ impl Case {
     }
 
     /// Whether the fixture asks for a check.
-    pub fn asks(&self, check: &str) -> bool {
+    pub(crate) fn asks(&self, check: &str) -> bool {
         self.checks.iter().any(|c| c == check)
     }
 
     /// The graph of one node; its outputs are the graph's, called `y0`, `y1`.
-    pub fn graph(&self, batch: Batch) -> Graph {
+    pub(crate) fn graph(&self, batch: Batch) -> Graph {
         let mut opsets = vec![(String::new(), if self.domain.is_empty() { self.opset } else { self.opset.max(17) })];
         if !self.domain.is_empty() {
             opsets.push((self.domain.clone(), 1));
@@ -90,7 +90,7 @@ impl Case {
     }
 
     /// What is fed: inputs that are not constants.
-    pub fn feeds(&self) -> Vec<(String, Array)> {
+    pub(crate) fn feeds(&self) -> Vec<(String, Array)> {
         let fed = self.inputs.iter().flatten().filter(|i| !i.constant);
         fed.map(|i| (i.name.clone(), array_of(&i.tensor).expect("inputs have types that the engines take"))).collect()
     }

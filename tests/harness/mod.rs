@@ -7,7 +7,7 @@ use vitrim::graph::{DType, Graph, Tensor};
 use vitrim::runtime::{Error, RuntimeName, Session, SessionOptions, find, open};
 
 /// Whether ONNX Runtime can be used here; says so where not. With VITRIM_ORT_LIB set it must be.
-pub fn has_ort() -> bool {
+pub(crate) fn has_ort() -> bool {
     if !RuntimeName::Ort.is_built() {
         println!("skipped: built without ONNX Runtime");
         return false;
@@ -23,19 +23,19 @@ pub fn has_ort() -> bool {
 }
 
 /// A session on one thread, so that sums have one order.
-pub fn session(graph: &Graph) -> Result<Box<dyn Session>, String> {
+pub(crate) fn session(graph: &Graph) -> Result<Box<dyn Session>, String> {
     let bytes = vitrim::onnx::to_bytes(graph).map_err(|e| e.to_string())?;
     let options = SessionOptions { threads: 1, ..SessionOptions::default() };
     open(RuntimeName::Ort, &bytes, &options).map_err(|e: Error| e.to_string())
 }
 
 /// The output called `name`.
-pub fn output<'a>(outputs: &'a [(String, Array)], name: &str) -> &'a Array {
+pub(crate) fn output<'a>(outputs: &'a [(String, Array)], name: &str) -> &'a Array {
     &outputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no output '{name}'")).1
 }
 
 /// The content of a constant as the engines take it.
-pub fn array_of(tensor: &Tensor) -> Option<Array> {
+pub(crate) fn array_of(tensor: &Tensor) -> Option<Array> {
     let bytes = &tensor.bytes[..];
     let data = match tensor.dtype {
         DType::F32 => ArrayData::F32(tensor.to_f32s()?),
@@ -53,7 +53,7 @@ pub fn array_of(tensor: &Tensor) -> Option<Array> {
 }
 
 /// The element type of an array.
-pub fn dtype_of(array: &Array) -> DType {
+pub(crate) fn dtype_of(array: &Array) -> DType {
     match array.data {
         ArrayData::F32(_) => DType::F32,
         ArrayData::F16(_) => DType::F16,
@@ -68,16 +68,16 @@ pub fn dtype_of(array: &Array) -> DType {
 }
 
 /// A float32 array.
-pub fn f32s(dims: &[usize], values: Vec<f32>) -> Array {
+pub(crate) fn f32s(dims: &[usize], values: Vec<f32>) -> Array {
     Array::new(dims.to_vec(), ArrayData::F32(values)).expect("as many values as the dims say")
 }
 
 /// Numbers from a seed: splitmix64.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     /// The next 64 bits.
-    pub fn bits(&mut self) -> u64 {
+    pub(crate) fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -86,18 +86,18 @@ impl Random {
     }
 
     /// The next number between `low` and `high`.
-    pub fn uniform(&mut self, low: f64, high: f64) -> f64 {
+    pub(crate) fn uniform(&mut self, low: f64, high: f64) -> f64 {
         low + (high - low) * (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// `count` numbers between `low` and `high`.
-    pub fn f32s(&mut self, count: usize, low: f64, high: f64) -> Vec<f32> {
+    pub(crate) fn f32s(&mut self, count: usize, low: f64, high: f64) -> Vec<f32> {
         (0..count).map(|_| self.uniform(low, high) as f32).collect()
     }
 }
 
 /// Largest difference over the largest value of `expected`; infinite where one of them is no number.
-pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+pub(crate) fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
     let worst = found.iter().zip(expected).fold(0f64, |m, (a, b)| {
