@@ -175,6 +175,17 @@ impl Graph {
         }
     }
 
+    /// Gives output `slot` of a node, which was left out, a value that nothing produces.
+    pub fn set_output(&mut self, id: NodeId, slot: usize, value: ValueId) {
+        let node = self.nodes[id.index()].as_mut().expect("I1: ids name nodes that exist");
+        if node.outputs.len() <= slot {
+            node.outputs.resize(slot + 1, None);
+        }
+        assert!(node.outputs[slot].is_none(), "I2: the value there would lose its source");
+        node.outputs[slot] = Some(value);
+        self.values[value.index()].producer = Some((id, slot));
+    }
+
     /// Makes everything that reads `old` read `new`; graph outputs stay. Captures by subgraphs stay too, as they go by name.
     pub fn replace_uses(&mut self, old: ValueId, new: ValueId) {
         for at in self.values[old.index()].users.clone() {

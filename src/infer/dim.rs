@@ -26,6 +26,22 @@ pub enum Function {
     Min,
 }
 
+impl Sym {
+    fn at_least(&self) -> Option<i64> {
+        let Sym::Call(function, args) = self else { return Some(1) };
+        let (a, b) = (args[0].at_least(), args[1].at_least());
+        match function {
+            Function::FloorDiv => match (a.filter(|a| *a >= 0)?, args[1].known()) {
+                (a, Some(divisor)) if divisor > 0 => Some(a / divisor),
+                _ => b.filter(|b| *b >= 1).map(|_| 0),
+            },
+            Function::Mod => b.filter(|b| *b >= 1).map(|_| 0),
+            Function::Max => a.max(b),
+            Function::Min => Some(a?.min(b?)),
+        }
+    }
+}
+
 type Monomial = Vec<(Sym, u32)>;
 
 /// A symbolic integer.
@@ -157,6 +173,28 @@ impl Dim {
             _ if self == other => self.clone(),
             _ => Self::call(Function::Min, &[self, other]),
         }
+    }
+
+    /// A bound that no run goes below, given that named sizes are at least 1; `None` where there is none.
+    ///
+    /// Example: 3 for `2*n+1`, none for `n-m`.
+    pub fn at_least(&self) -> Option<i64> {
+        let terms = match &self.0 {
+            Repr::Size(v) => return Some(*v),
+            Repr::Poly(terms) => terms,
+        };
+        let mut total = 0i64;
+        for (monomial, coefficient) in terms.iter() {
+            let mut bound = 1i64;
+            for (sym, power) in monomial {
+                bound = bound.checked_mul(sym.at_least().filter(|b| *b >= 0)?.checked_pow(*power)?)?;
+            }
+            if *coefficient < 0 && !monomial.is_empty() {
+                return None;
+            }
+            total = total.checked_add(bound.checked_mul(*coefficient)?)?;
+        }
+        Some(total)
     }
 
     fn call(function: Function, args: &[&Self]) -> Self {
@@ -328,6 +366,19 @@ mod tests {
         assert_eq!(total.exact_div(&n), Some(&b * &Dim::from(192i64)));
         assert_eq!(total.exact_div(&Dim::from(7i64)), None);
         assert_eq!((&b * &n).exact_div(&(&b * &n)), Some(Dim::from(1i64)));
+    }
+
+    #[test]
+    fn bounds_hold_for_sizes_of_at_least_one() {
+        let (n, m) = (Dim::named("n"), Dim::named("m"));
+        let (one, two) = (Dim::from(1i64), Dim::from(2i64));
+        assert_eq!((&(&n * &two) + &one).at_least(), Some(3));
+        assert_eq!((&(&n * &m) - &two).at_least(), Some(-1));
+        assert_eq!((&n - &m).at_least(), None);
+        assert_eq!(n.floor_div(&two).at_least(), Some(0));
+        assert_eq!(Dim::max(&n, &Dim::from(7i64)).at_least(), Some(7));
+        assert_eq!(Dim::max(&(&n - &m), &two).at_least(), Some(2));
+        assert_eq!(Dim::min(&(&n - &m), &two).at_least(), None);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! `refit` (what changes in the node when its axes were cut). Every field must be written; "not supported" is a value with a
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
-pub mod attention;
+pub mod elementwise;
+pub mod norm;
+pub mod reduce;
 pub mod softmax;
 
 use crate::autodiff::GradCx;
@@ -80,7 +82,14 @@ pub struct CostCx<'a> {
 }
 
 /// One slice of records per family.
-static FAMILIES: &[&[OpRule]] = &[softmax::RULES];
+static FAMILIES: &[&[OpRule]] = &[
+    elementwise::arithmetic::RULES,
+    elementwise::activation::RULES,
+    elementwise::logic::RULES,
+    norm::RULES,
+    reduce::RULES,
+    softmax::RULES,
+];
 
 /// All records.
 pub fn all() -> impl Iterator<Item = &'static OpRule> {

@@ -82,3 +82,22 @@ fn grad_axes(cx: &GradCx<'_>) -> Vec<i64> {
     let rank = cx.shape(cx.input(0)).len();
     normalized(cx.node(), cx.opset(), rank).into_iter().map(|a| a as i64).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::graph::AttrValue;
+    use crate::ops::elementwise::tests::OneNode;
+
+    #[test]
+    fn the_opset_says_what_is_normalized() {
+        let same = "in0.0=out0.0 in0.1=out0.1 in0.2=out0.2";
+        let axis = |v| ("axis", AttrValue::Int(v));
+        for (opset, attrs, barriers) in
+            [(17, vec![], "in0.2!"), (17, vec![axis(1)], "in0.1!"), (11, vec![], "in0.1! in0.2!"), (11, vec![axis(-1)], "in0.2!")]
+        {
+            let done = OneNode::new(opset).floats("b m n").run("Softmax", &attrs, 1).expect("no shape to fit");
+            assert_eq!(done.shape(0), "b m n");
+            assert_eq!(done.links(), format!("{same} {barriers}"), "opset {opset}, {attrs:?}");
+        }
+    }
+}
