@@ -1,10 +1,13 @@
 //! vitrim makes an exported vision transformer smaller, on the ONNX file itself, and proves the result.
+//! vitrim.
 
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
 pub mod cost;
+pub mod data;
 pub mod graph;
 pub mod infer;
 pub mod ops;
+pub mod runtime;
 pub mod slice;

@@ -1,0 +1,2 @@
+//! Inputs of a model as plain arrays.
+pub mod array;
