@@ -1,5 +1,4 @@
 //! vitrim makes an exported vision transformer smaller, on the ONNX file itself, and proves the result.
-//! vitrim.
 
 pub mod anatomy;
 pub mod autodiff;
@@ -9,5 +8,7 @@ pub mod data;
 pub mod graph;
 pub mod infer;
 pub mod ops;
+pub mod plan;
 pub mod runtime;
+pub mod score;
 pub mod slice;
