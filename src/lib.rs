@@ -1,2 +1,3 @@
 //! vitrim.
 pub mod graph;
+pub mod onnx;
