@@ -12,3 +12,4 @@ pub mod plan;
 pub mod runtime;
 pub mod score;
 pub mod slice;
+pub mod onnx;
