@@ -4,7 +4,15 @@
 //! `refit` (what changes in the node when its axes were cut). Every field must be written; "not supported" is a value with a
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
+pub mod control;
+pub mod layout;
+pub mod reshape;
+pub mod select;
+pub mod shape;
 pub mod softmax;
+
+#[cfg(test)]
+pub(crate) mod probe;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
@@ -79,7 +87,17 @@ pub struct CostCx<'a> {
 }
 
 /// One slice of records per family.
-static FAMILIES: &[&[OpRule]] = &[softmax::RULES];
+static FAMILIES: &[&[OpRule]] = &[
+    control::RULES,
+    layout::RULES,
+    reshape::RULES,
+    select::gather::RULES,
+    select::join::RULES,
+    select::scatter::RULES,
+    select::slice::RULES,
+    shape::RULES,
+    softmax::RULES,
+];
 
 /// All records.
 pub fn all() -> impl Iterator<Item = &'static OpRule> {
