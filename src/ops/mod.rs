@@ -7,7 +7,15 @@
 pub mod elementwise;
 pub mod norm;
 pub mod reduce;
+pub mod control;
+pub mod layout;
+pub mod reshape;
+pub mod select;
+pub mod shape;
 pub mod softmax;
+
+#[cfg(test)]
+pub(crate) mod probe;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
@@ -88,6 +96,14 @@ static FAMILIES: &[&[OpRule]] = &[
     elementwise::logic::RULES,
     norm::RULES,
     reduce::RULES,
+    control::RULES,
+    layout::RULES,
+    reshape::RULES,
+    select::gather::RULES,
+    select::join::RULES,
+    select::scatter::RULES,
+    select::slice::RULES,
+    shape::RULES,
     softmax::RULES,
 ];
 
