@@ -7,6 +7,7 @@
 pub mod conv;
 pub mod einsum;
 pub mod matmul;
+pub mod pool;
 pub mod softmax;
 
 use crate::autodiff::GradCx;
@@ -82,7 +83,7 @@ pub struct CostCx<'a> {
 }
 
 /// One slice of records per family.
-static FAMILIES: &[&[OpRule]] = &[softmax::RULES, matmul::RULES, einsum::RULES, conv::RULES];
+static FAMILIES: &[&[OpRule]] = &[softmax::RULES, matmul::RULES, einsum::RULES, conv::RULES, pool::RULES];
 
 /// All records.
 pub fn all() -> impl Iterator<Item = &'static OpRule> {
