@@ -4,6 +4,7 @@
 //! `refit` (what changes in the node when its axes were cut). Every field must be written; "not supported" is a value with a
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
+pub mod attention;
 pub mod conv;
 pub mod einsum;
 pub mod matmul;
@@ -83,7 +84,7 @@ pub struct CostCx<'a> {
 }
 
 /// One slice of records per family.
-static FAMILIES: &[&[OpRule]] = &[softmax::RULES, matmul::RULES, einsum::RULES, conv::RULES, pool::RULES];
+static FAMILIES: &[&[OpRule]] = &[softmax::RULES, matmul::RULES, einsum::RULES, conv::RULES, pool::RULES, attention::RULES];
 
 /// All records.
 pub fn all() -> impl Iterator<Item = &'static OpRule> {

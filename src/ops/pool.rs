@@ -533,7 +533,8 @@ mod tests {
         let g = resize("1 8 4 4", 2, Tensor::f32(&[4], &[1.0, 1.0, 1.1, 1.0]));
         assert_eq!(links(&g)[2], "!in0.2");
         assert!(shapes(&resize("1 8 4", 2, Tensor::f32(&[4], &[1.0; 4]))).is_err());
-        assert_eq!(refit(&mut resize("1 8 4 4", 3, Tensor::i64s(&[1, 8, 7, 4])), &[(0, 1, vec![0, 3])]), Ok(()));
+        let mut g = resize("1 8 4 4", 3, Tensor::i64s(&[1, 8, 7, 4]));
+        assert_eq!(refit(&mut g, &[(0, 1, vec![0, 3])]), Ok(vec![(3, vec![(1, 2)])]));
     }
 
     #[test]
