@@ -9,10 +9,11 @@ pub mod conv;
 pub mod einsum;
 pub mod elementwise;
 pub mod matmul;
-pub mod norm;
-pub mod reduce;
 pub mod control;
 pub mod layout;
+pub mod norm;
+pub mod pool;
+pub mod reduce;
 pub mod reshape;
 pub mod select;
 pub mod shape;
@@ -112,6 +113,8 @@ static FAMILIES: &[&[OpRule]] = &[
     matmul::RULES,
     einsum::RULES,
     conv::RULES,
+    pool::RULES,
+    attention::RULES,
 ];
 
 /// All records.
