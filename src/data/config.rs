@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::DataError;
 use super::preprocess::{Crop, CropRounding, Preprocess, Rescale, Resize};
-use super::resize::Filter;
+use super::resize::{Filter, Method, Passes};
 
 /// The largest size that a file may ask for.
 const LARGEST_SIZE: u64 = 16_384;
@@ -195,7 +195,8 @@ fn timm(file: &File<'_>, map: &Map<String, Value>, size: ImageSize) -> Result<Pr
         Some((_, v)) => return Err(file.refuse_value("crop_mode", Some(v), "center, squash or border")),
     };
     let crop = Some(Crop { height, width, rounding: CropRounding::HalfEven, fill });
-    Ok(Preprocess { resize, filter, crop, rescale: Rescale::By255, mean, std })
+    let method = Method { filter, passes: Passes::Pillow };
+    Ok(Preprocess { resize, method, crop, rescale: Rescale::By255, mean, std })
 }
 
 impl File<'_> {
@@ -328,7 +329,8 @@ fn hugging_face(file: &File<'_>, map: &Map<String, Value>, size: ImageSize) -> R
             *list = file.per_channel(key, value, size.channels, key == "image_std")?;
         }
     }
-    let recipe = Preprocess { resize, filter, crop, rescale, mean, std };
+    let method = Method { filter, passes: Passes::HorizontalFirst };
+    let recipe = Preprocess { resize, method, crop, rescale, mean, std };
     check_output(file, &recipe, size)?;
     Ok(recipe)
 }
