@@ -1,12 +1,14 @@
 //! The data stage against Pillow, timm and transformers (recorded by `benches/python/preprocess_reference.py`), and against bad
 //! data.
 
-#[path = "data/folders.rs"]
-mod folders;
+#![allow(clippy::unwrap_used, reason = "what a test cannot set up, it may fail on; the lint's own exception misses helpers")]
+
 #[path = "data/archives.rs"]
 mod archives;
 #[path = "data/configs.rs"]
 mod configs;
+#[path = "data/folders.rs"]
+mod folders;
 #[path = "data/parity.rs"]
 mod parity;
 

@@ -108,7 +108,14 @@ impl Preprocess {
     pub fn plain(height: usize, width: usize, mean: Vec<f32>, std: Vec<f32>) -> Preprocess {
         let resize = if height == width { Resize::ShortestEdge { edge: height } } else { Resize::Cover { height, width } };
         let crop = Some(Crop { height, width, rounding: CropRounding::HalfEven, fill: [0; 3] });
-        Preprocess { resize, method: Method { filter: Filter::Bicubic, passes: Passes::Pillow }, crop, rescale: Rescale::By255, mean, std }
+        Preprocess {
+            resize,
+            method: Method { filter: Filter::Bicubic, passes: Passes::Pillow },
+            crop,
+            rescale: Rescale::By255,
+            mean,
+            std,
+        }
     }
 
     /// The size of what comes out, `(height, width)`; `None` where it depends on the image.

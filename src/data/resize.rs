@@ -63,8 +63,7 @@ pub struct Method {
 
 impl Filter {
     /// The filters by their number in `resample`.
-    const ALL: [Filter; 6] =
-        [Filter::Nearest, Filter::Lanczos, Filter::Bilinear, Filter::Bicubic, Filter::Box, Filter::Hamming];
+    const ALL: [Filter; 6] = [Filter::Nearest, Filter::Lanczos, Filter::Bilinear, Filter::Bicubic, Filter::Box, Filter::Hamming];
 
     /// The filter with this `resample` number.
     pub fn from_number(number: u64) -> Option<Filter> {

@@ -54,7 +54,10 @@ fn only(data: &Dataset) -> Array {
 #[test]
 fn bytes_are_scaled_then_normalised() {
     let bytes: Vec<u8> = (0..24).map(|i| i * 10).collect();
-    let data = open(&[("x.npy", npy("|u1", "(2, 3, 2, 2)", &bytes)), ("labels.npy", npy("<i4", "(2,)", &[4, 0, 0, 0, 1, 0, 0, 0]))], &images());
+    let data = open(
+        &[("x.npy", npy("|u1", "(2, 3, 2, 2)", &bytes)), ("labels.npy", npy("<i4", "(2,)", &[4, 0, 0, 0, 1, 0, 0, 0]))],
+        &images(),
+    );
     let data = data.unwrap();
     assert_eq!(data.labels(), Some(vec![4, 1]));
     let scaled: Vec<f32> = bytes.iter().map(|b| f32::from(*b) / 255.0).collect();
@@ -120,7 +123,10 @@ fn misfits_are_refused_with_both_sides() {
         (vec![("x.npy", npy("<U4", "(1,)", &[0; 16]))], "entry x has dtype <U4; allowed are"),
         (vec![("x.npy", npy("|u1", "(1, 3, 2, 2)", &[0; 13]))], "entry x inflates past its declared 12 bytes"),
         (vec![("x.npy", npy("|u1", "(1, 3, 2, 2)", &[0; 11]))], "entry x ends before its declared 12 bytes"),
-        (vec![("x.npy", npy("|u1", "(99999, 3, 999, 999)", &[0; 11]))], "entry x declares shape [99999, 3, 999, 999], 299397305997 bytes"),
+        (
+            vec![("x.npy", npy("|u1", "(99999, 3, 999, 999)", &[0; 11]))],
+            "entry x declares shape [99999, 3, 999, 999], 299397305997 bytes",
+        ),
         (vec![("x.npy", npy("<f4", "(1, 3, 2, 2)", &le(&[f32::NAN; 12], f32::to_le_bytes)))], "entry x holds NaN at element 0"),
         (vec![("x.npy", b"hello, this is text".to_vec())], "entry x is not a .npy array"),
     ];
@@ -155,12 +161,18 @@ fn files_that_are_no_archives_are_named() {
 fn labels_must_have_outputs() {
     let labelled = |labels: &[u8]| {
         let n = labels.len();
-        let entries = [("x.npy", npy("|u1", &format!("({n}, 3, 2, 2)"), &vec![0; n * 12])), ("labels.npy", npy("|u1", &format!("({n},)"), labels))];
+        let entries = [
+            ("x.npy", npy("|u1", &format!("({n}, 3, 2, 2)"), &vec![0; n * 12])),
+            ("labels.npy", npy("|u1", &format!("({n},)"), labels)),
+        ];
         open(&entries, &images()).unwrap()
     };
     assert!(labelled(&[0, 9]).check_labels(10).is_ok());
     let error = labelled(&[1, 10]).check_labels(10).unwrap_err().to_string();
-    assert!(error.ends_with("label 10 but the model has 10 outputs (0..9); the labels seem to start at 1: subtract 1"), "{error}");
+    assert!(
+        error.ends_with("label 10 but the model has 10 outputs (0..9); the labels seem to start at 1: subtract 1"),
+        "{error}"
+    );
     let error = labelled(&[0, 10]).check_labels(10).unwrap_err().to_string();
     assert!(error.ends_with("label 10 but the model has 10 outputs (0..9)"), "{error}");
 }
@@ -217,7 +229,9 @@ fn archives_resume_shuffle_and_augment_alike() {
     let data = open(&[("x.npy", npy("|u1", "(50, 3, 2, 2)", &bytes))], &images()).unwrap();
     let order = BatchOrder { seed: 3, shuffle: true, ..BatchOrder::default() };
     let augment = Some(Augment { shift: 1, flip: true });
-    let stream = |start, threads| -> Vec<_> { data.batches(BatchOrder { start, ..order }, 7, threads, augment).map(|b| b.unwrap()).collect() };
+    let stream = |start, threads| -> Vec<_> {
+        data.batches(BatchOrder { start, ..order }, 7, threads, augment).map(|b| b.unwrap()).collect()
+    };
     let whole = stream(Start::Batch(0), 1);
     assert_eq!(whole.len(), 8);
     assert_eq!(whole[7].count, 1);

@@ -35,7 +35,10 @@ fn classes_and_files_are_sorted_by_name() {
     assert!(data.warnings().iter().any(|w| matches!(w, Warning::LooseImages { count: 1, .. })));
     assert!(data.warnings().iter().any(|w| matches!(w, Warning::EmptyClass { .. })));
     assert!(data.check_labels(3).is_ok());
-    assert_eq!(data.check_labels(4).unwrap_err().to_string().split(": ").last(), Some("3 class folders but the model has 4 outputs"));
+    assert_eq!(
+        data.check_labels(4).unwrap_err().to_string().split(": ").last(),
+        Some("3 class folders but the model has 4 outputs")
+    );
     assert_eq!(data.count_shared(&data.select(&[1])).unwrap(), 3, "the same file three times");
 }
 
@@ -171,7 +174,9 @@ fn huge_headers_cost_no_memory() {
 }
 
 fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0u32, |crc, b| (0..8).fold(crc ^ u32::from(*b), |c, _| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 }))
+    !bytes
+        .iter()
+        .fold(!0u32, |crc, b| (0..8).fold(crc ^ u32::from(*b), |c, _| if c & 1 == 1 { c >> 1 ^ 0xedb8_8320 } else { c >> 1 }))
 }
 
 #[test]
@@ -190,4 +195,36 @@ fn cut_and_changed_images_never_panic() {
             }
         }
     }
+}
+
+#[test]
+fn randomly_changed_images_never_bring_the_decoder_down() {
+    let mut state = 12345u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut decoded = 0;
+    for entry in std::fs::read_dir(fixture("images")).unwrap() {
+        let path = entry.unwrap().path();
+        let whole = std::fs::read(&path).unwrap();
+        for _ in 0..100 {
+            let mut changed = whole.clone();
+            for _ in 0..1 + random() % 4 {
+                let at = (random() % changed.len() as u64) as usize;
+                changed[at] = random() as u8;
+            }
+            match vitrim::data::decode(&changed, 3, 1 << 20) {
+                Ok(pixels) => {
+                    assert_eq!(pixels.bytes.len(), pixels.height * pixels.width * 3);
+                    decoded += 1;
+                }
+                // What a caught panic is called.
+                Err(fault) => assert!(!fault.to_string().contains("gave up"), "{}: {fault}", path.display()),
+            }
+        }
+    }
+    assert!(decoded > 100, "{decoded}");
 }

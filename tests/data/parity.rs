@@ -31,7 +31,7 @@ fn expected(case: &Value) -> Pixels {
 }
 
 fn sha(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    Sha256::digest(bytes).iter().take(16).map(|b| format!("{b:02x}")).collect()
 }
 
 /// The largest difference, and the share of values that differ at all.
@@ -90,15 +90,18 @@ fn recipes_stay_within_one_level() {
     for case in cases("pipeline") {
         let (library, name, image) = (text(&case, "library"), text(&case, "name"), text(&case, "image"));
         let (_, done) = run(&case, &image);
+        // timm resizes with Pillow, which leaves no room.
+        if library == "timm" {
+            assert_eq!(sha(&done.bytes), text(&case, "sha256"), "{name} {image}");
+            continue;
+        }
+        // transformers resizes with torchvision, whose fixed-point numbers are shorter.
         let (most, share) = difference(&done, &expected(&case));
         println!("{library} {name} {image}: at most {most} levels, {:.2} % of values differ", share * 100.0);
         assert!(most <= 1, "{library} {name} {image}: {most} levels");
-        if library == "timm" {
-            assert_eq!(most, 0, "{name} {image}: timm resizes with Pillow, which leaves no room");
-        }
         // Where an image is smaller than the crop, and where Pillow would filter columns first, the two back ends of transformers
         // differ; the default one decides.
-        if library == "transformers" && !matches!(name.as_str(), "clip_padded" | "tall") {
+        if !matches!(name.as_str(), "clip_padded" | "tall") {
             assert_eq!(sha(&done.bytes), text(&case, "sha256_pillow_backend"), "{name}");
         }
     }

@@ -182,7 +182,11 @@ pub(super) struct Range {
 
 /// Decodes all blocks of a scan.
 pub(super) fn decode_scan(
-    frame: &mut Frame, parts: &mut [ScanPart<'_>], range: &Range, interval: usize, bits: &mut Bits<'_>,
+    frame: &mut Frame,
+    parts: &mut [ScanPart<'_>],
+    range: &Range,
+    interval: usize,
+    bits: &mut Bits<'_>,
 ) -> Result<(), ImageFault> {
     // A scan of one component has its blocks in rows; several take turns in units of h x v blocks.
     let (units_wide, units_high) = match &*parts {
@@ -223,7 +227,7 @@ pub(super) fn decode_scan(
     Ok(())
 }
 
-fn table<'a>(table: Option<&'a Huffman>) -> Result<&'a Huffman, ImageFault> {
+fn table(table: Option<&Huffman>) -> Result<&Huffman, ImageFault> {
     table.ok_or(damaged("a Huffman table is missing"))
 }
 
@@ -265,7 +269,11 @@ fn sequential(component: &mut Component, index: usize, part: &mut ScanPart<'_>, 
 
 /// One block of one pass of a progressive file.
 fn progressive(
-    block: &mut [i16], part: &mut ScanPart<'_>, range: &Range, run: &mut u32, bits: &mut Bits<'_>,
+    block: &mut [i16],
+    part: &mut ScanPart<'_>,
+    range: &Range,
+    run: &mut u32,
+    bits: &mut Bits<'_>,
 ) -> Result<(), ImageFault> {
     match (range.from, range.high) {
         (0, 0) => block[0] = (dc_value(part, bits)? << range.low) as i16,

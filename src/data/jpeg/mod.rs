@@ -102,7 +102,9 @@ pub(crate) fn decode(bytes: &[u8], max_pixels: u64) -> Result<Pixels, ImageFault
         match marker {
             0xc0..=0xc2 => decoder.start_frame(segment, marker == 0xc2, max_pixels)?,
             0xc4 => decoder.huffman_tables(segment)?,
-            0xc3 | 0xc5..=0xc7 | 0xc9..=0xcf => return Err(damaged("lossless, hierarchical or arithmetic JPEG is not supported")),
+            0xc3 | 0xc5..=0xc7 | 0xc9..=0xcf => {
+                return Err(damaged("lossless, hierarchical or arithmetic JPEG is not supported"));
+            }
             0xdb => decoder.quant_tables(segment)?,
             0xdd => decoder.restart_interval = segment.get(..2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]]))),
             0xe0 => decoder.jfif |= segment.starts_with(b"JFIF\0"),
@@ -196,7 +198,8 @@ impl Decoder {
         let (width, height) = (width as usize, height as usize);
         let count = usize::from(*segment.get(5).ok_or_else(broken)?);
         let list = segment.get(6..6 + 3 * count).filter(|_| matches!(count, 1 | 3 | 4)).ok_or_else(broken)?;
-        let factors: Vec<(usize, usize)> = list.chunks_exact(3).map(|c| (usize::from(c[1] >> 4), usize::from(c[1] & 15))).collect();
+        let factors: Vec<(usize, usize)> =
+            list.chunks_exact(3).map(|c| (usize::from(c[1] >> 4), usize::from(c[1] & 15))).collect();
         if factors.iter().any(|(h, v)| !(1..=4).contains(h) || !(1..=4).contains(v)) {
             return Err(broken());
         }

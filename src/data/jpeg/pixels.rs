@@ -32,12 +32,7 @@ fn transform_line(x: [i32; 8]) -> [i64; 8] {
     let all = (x[1] + x[3] + x[5] + x[7]) * 9633;
     let (p73, p51) = (all - (x[7] + x[3]) * 16069, all - (x[5] + x[1]) * 3196);
     let (p71, p53) = ((x[7] + x[1]) * -7373, (x[5] + x[3]) * -20995);
-    let odd = [
-        x[1] * 12299 + p71 + p51,
-        x[3] * 25172 + p53 + p73,
-        x[5] * 16819 + p53 + p51,
-        x[7] * 2446 + p71 + p73,
-    ];
+    let odd = [x[1] * 12299 + p71 + p51, x[3] * 25172 + p53 + p73, x[5] * 16819 + p53 + p51, x[7] * 2446 + p71 + p73];
     std::array::from_fn(|i| if i < 4 { even[i] + odd[i] } else { even[7 - i] - odd[7 - i] })
 }
 
@@ -51,6 +46,12 @@ pub(super) fn transform(component: &mut Component, index: usize, block: &[i16]) 
     }
     let round = |v: i64, bits: u32| ((v + (1 << (bits - 1))) >> bits) as i32;
     for column in 0..8 {
+        // Most columns hold no more than their mean, which the transform only scales.
+        if (1..8).all(|row| work[row * 8 + column] == 0) {
+            let mean = work[column] << BETWEEN;
+            (0..8).for_each(|row| work[row * 8 + column] = mean);
+            continue;
+        }
         let line = transform_line(std::array::from_fn(|row| work[row * 8 + column]));
         for (row, v) in line.into_iter().enumerate() {
             work[row * 8 + column] = round(v, FRACTION - BETWEEN);
@@ -82,7 +83,7 @@ fn widened_row(c: &Component, frame: &Frame, y: usize, out: &mut Vec<u8>) {
     let (h, v) = (frame.h_max / c.h, frame.v_max / c.v);
     let near = y / v;
     // The neighbour beyond the first or last real row is that row itself.
-    let far = if y % v == 0 { near.saturating_sub(1) } else { (near + 1).min(c.height - 1) };
+    let far = if y.is_multiple_of(v) { near.saturating_sub(1) } else { (near + 1).min(c.height - 1) };
     out.clear();
     match (h, v) {
         (1, 1) => out.extend_from_slice(row(near)),
@@ -92,7 +93,7 @@ fn widened_row(c: &Component, frame: &Frame, y: usize, out: &mut Vec<u8>) {
             widen(sums, out, [8, 7], 4);
         }
         (1, 2) => {
-            let bias = if y % 2 == 0 { 1 } else { 2 };
+            let bias = if y.is_multiple_of(2) { 1 } else { 2 };
             let pairs = row(near).iter().zip(row(far));
             out.extend(pairs.map(|(n, f)| ((u32::from(*n) * 3 + u32::from(*f) + bias) >> 2) as u8));
         }
