@@ -1,8 +1,3 @@
-<<<<<<< HEAD
-//! stub
-pub fn is_fused_attention(_d: &str, op: &str) -> bool {
-    op == "Attention"
-=======
 //! Attention (opset 23 and 24) of the default domain; RotaryEmbedding is beside it.
 //!
 //! Shape: `q [B, H, Nq, E]`, `k [B, K, Nk, E]`, `v [B, K, Nk, Ev]` -> `[B, H, Nq, Ev]`, or 3-D with heads and width in one last
@@ -579,5 +574,4 @@ mod tests {
         assert!(is_fused_attention("", "Attention") && is_fused_attention("ai.onnx", "Attention"));
         assert!(!is_fused_attention("", "RotaryEmbedding") && !is_fused_attention("com.example", "Attention"));
     }
->>>>>>> opsb
 }
