@@ -219,7 +219,12 @@ fn run_gradients(
     let mut names = Vec::new();
     for (v, grad) in wrt.iter().zip(grads) {
         let name = graph.value(*v).name().to_string();
-        let grad = grad.ok_or_else(|| format!("the loss does not depend on {name}"))?;
+        // No gradient means zero: then the central difference must be zero too.
+        let zeros = |graph: &mut Graph| {
+            let zero = graph.add_initializer("zero", Tensor::f32(&[], &[0.0]));
+            graph.add_op("Mul", &[*v, zero], vec![], "zeros")
+        };
+        let grad = grad.unwrap_or_else(|| zeros(graph));
         names.push(format!("grad.{name}"));
         add_output(graph, grad, names.last().unwrap(), vec![]).map_err(|e| e.to_string())?;
         let undeclared = Declared { dtype: None, dims: None, extra: Default::default() };
