@@ -9,12 +9,11 @@ pub mod control;
 pub mod conv;
 pub mod einsum;
 pub mod elementwise;
-#[cfg(test)]
-pub mod control;
 pub mod layout;
 pub mod matmul;
 pub mod norm;
 pub mod pool;
+#[cfg(test)]
 pub(crate) mod probe;
 pub mod reduce;
 pub mod reshape;
@@ -117,15 +116,7 @@ static FAMILIES: &[&[OpRule]] = &[
     select::scatter::RULES,
     select::slice::RULES,
     shape::RULES,
-static FAMILIES: &[&[OpRule]] = &[
-    softmax::RULES,
-    matmul::RULES,
-    einsum::RULES,
-    conv::RULES,
-    pool::RULES,
-    attention::RULES,
     control::RULES,
-];
 ];
 
 /// All records.
