@@ -158,7 +158,9 @@ fn check_grad(case: &Case, output_count: usize) -> Result<(), String> {
         .iter()
         .take(output_count)
         .filter(|(_, y)| dtype_of(y).is_float())
-        .map(|(n, y)| (n.clone(), random.f32s(y.len(), 0.5, 1.5).into_iter().map(|r| if random.bits() & 1 == 0 { r } else { -r }).collect()))
+        .map(|(n, y)| {
+            (n.clone(), random.f32s(y.len(), 0.5, 1.5).into_iter().map(|r| if random.bits() & 1 == 0 { r } else { -r }).collect())
+        })
         .collect();
     let wanted: Vec<usize> = (0..feeds.len()).filter(|i| dtype_of(&feeds[*i].1) == DType::F32).collect();
     let grads = run_gradients(&mut graph, &outputs, &weights, &feeds, &wanted)?;
@@ -186,7 +188,9 @@ fn check_grad(case: &Case, output_count: usize) -> Result<(), String> {
             let size = terms.iter().map(|t| t * t).sum::<f64>().sqrt();
             let allowed = TOLERANCE * size + NOISE * magnitude(&outputs, &weights) / STEP;
             if !((numeric - analytic).abs() <= allowed) {
-                return Err(format!("gradient of {name}: slope {analytic:.6}, central difference {numeric:.6}, allowed {allowed:.1e}"));
+                return Err(format!(
+                    "gradient of {name}: slope {analytic:.6}, central difference {numeric:.6}, allowed {allowed:.1e}"
+                ));
             }
         }
     }

@@ -114,11 +114,8 @@ fn default_outputs(graph: &Graph, facts: &Facts, loss: Loss) -> Result<Vec<Value
 }
 
 fn fitting_shape(graph: &Graph, facts: &Facts, loss: Loss, output: ValueId) -> Result<Vec<Dim>, AutodiffError> {
-    let misfit = |reason: String| AutodiffError::LossMisfit {
-        loss: loss.name(),
-        output: graph.value(output).name().to_string(),
-        reason,
-    };
+    let misfit =
+        |reason: String| AutodiffError::LossMisfit { loss: loss.name(), output: graph.value(output).name().to_string(), reason };
     let fact = facts.get(output);
     if !fact.dtype.is_some_and(DType::is_float) {
         return Err(misfit(format!("its type is {}", fact.dtype.map_or("unknown", DType::name))));

@@ -6,6 +6,7 @@
 //! ([`params`]), then loss, gradients and update from `autodiff`.
 //! Invariant: with all gates 1 the original outputs are the original's (contract C1); names of original inputs and outputs stay.
 
+mod from_anatomy;
 pub mod gate;
 pub mod params;
 pub mod rewrite;
@@ -19,8 +20,9 @@ use crate::autodiff::{AutodiffError, differentiate};
 use crate::graph::build::Builder;
 use crate::graph::{DType, DeclaredDim, Graph, Tensor, ValueId};
 use crate::infer::{self, Facts, InferError};
-pub use gate::{GateGroup, GateSite};
+pub use from_anatomy::gates_of;
 use gate::Gates;
+pub use gate::{GateGroup, GateSite};
 pub use params::{Frozen, Param};
 use std::collections::BTreeMap;
 pub use token::{TokenGate, TokenSite};
@@ -161,7 +163,7 @@ pub fn build(
     let reduction = if options.per_sample { Reduction::Sum } else { Reduction::Mean };
     let nodes = loss::add(&mut graph, &facts, options.loss, &options.loss_outputs, reduction)?;
     inputs.extend(&nodes.inputs);
-    let params = params::make_inputs(&mut graph, &facts, nodes.loss, candidates)?;
+    let params = params::make_inputs(&mut graph, nodes.loss, candidates)?;
     let total = add_l1(&mut graph, &gates, nodes.loss, &mut inputs)?;
     inputs.extend(gates.inputs.iter().map(|g| (g.value, Role::Gate)));
     inputs.extend(params.iter().map(|p| (p.value, Role::Param)));
@@ -181,12 +183,7 @@ pub fn build(
 }
 
 /// `loss.l1 = sum_kind l1.kind * sum |gate|` and `loss = loss.task + loss.l1`, which is returned with both outputs named.
-fn add_l1(
-    graph: &mut Graph,
-    gates: &Gates,
-    task: ValueId,
-    inputs: &mut Vec<(ValueId, Role)>,
-) -> Result<ValueId, SupernetError> {
+fn add_l1(graph: &mut Graph, gates: &Gates, task: ValueId, inputs: &mut Vec<(ValueId, Role)>) -> Result<ValueId, SupernetError> {
     let mut by_kind: BTreeMap<&str, Vec<ValueId>> = BTreeMap::new();
     for gate in &gates.inputs {
         by_kind.entry(&gate.spec.kind).or_default().push(gate.value);

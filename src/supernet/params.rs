@@ -9,7 +9,7 @@
 use super::{SupernetError, Train};
 use crate::autodiff::{interface, sweep};
 use crate::graph::{DType, DeclaredDim, Graph, NodeId, Tensor, Use, ValueId};
-use crate::infer::{Dim, Facts};
+use crate::infer::{self, Dim, Facts};
 use crate::ops::{self, Cost};
 
 /// A trained weight.
@@ -78,7 +78,10 @@ pub(super) fn choose(graph: &mut Graph, facts: &Facts, train: Train) -> (Vec<Can
             let decay = uses.iter().any(|u| is_contracted(graph, *u, &tensor, 0));
             let whole = copies == 1 && graph.value(v).producer().is_none();
             let value = if whole { v } else { own_copy(graph, &name, &tensor, &uses) };
-            found.push(Candidate { value, param: Param { input, initializer: name.clone(), uses, initial: tensor.clone(), decay } });
+            found.push(Candidate {
+                value,
+                param: Param { input, initializer: name.clone(), uses, initial: tensor.clone(), decay },
+            });
         }
     }
     (found, frozen)
@@ -95,12 +98,12 @@ fn own_copy(graph: &mut Graph, name: &str, tensor: &Tensor, uses: &[Use]) -> Val
 /// Makes graph inputs of the candidates on which the loss depends.
 pub(super) fn make_inputs(
     graph: &mut Graph,
-    facts: &Facts,
     loss: ValueId,
     candidates: Vec<Candidate>,
 ) -> Result<Vec<ParamInput>, SupernetError> {
     let values: Vec<ValueId> = candidates.iter().map(|c| c.value).collect();
-    let needed = sweep::needed_values(graph, facts, loss, &values);
+    let facts = infer::facts(graph)?;
+    let needed = sweep::needed_values(graph, &facts, loss, &values);
     let mut inputs = Vec::new();
     for Candidate { value, param } in candidates {
         if needed[value] && graph.take_initializer(value).is_some() {

@@ -156,7 +156,7 @@ fn gelu_at(graph: &Graph, id: NodeId) -> Option<Gelu> {
     if node.op() != "Mul" {
         return None;
     }
-    // (x (1 + erf)) / 2, or (x / 2) (1 + erf).
+    // (x (1 + erf)) / 2, (x / 2) (1 + erf), or x ((1 + erf) / 2).
     for (a, b) in [(a, b), (b, a)] {
         if is_scalar(graph, b, 0.5)
             && let Some((p, q)) = operands(graph, a, "Mul")
@@ -172,6 +172,11 @@ fn gelu_at(graph: &Graph, id: NodeId) -> Option<Gelu> {
         {
             return Some(Gelu { x, y });
         }
+        if let Some(e) = half_of(graph, b)
+            && erf_argument(graph, e) == Some(a)
+        {
+            return Some(Gelu { x: a, y });
+        }
     }
     None
 }
@@ -179,7 +184,13 @@ fn gelu_at(graph: &Graph, id: NodeId) -> Option<Gelu> {
 /// x where `value` is `1 + erf(x / sqrt 2)`.
 fn erf_argument(graph: &Graph, value: ValueId) -> Option<ValueId> {
     let (a, b) = operands(graph, value, "Add")?;
-    let erf = if is_scalar(graph, b, 1.0) { a } else if is_scalar(graph, a, 1.0) { b } else { return None };
+    let erf = if is_scalar(graph, b, 1.0) {
+        a
+    } else if is_scalar(graph, a, 1.0) {
+        b
+    } else {
+        return None;
+    };
     let (p, _) = graph.value(erf).producer()?;
     let inner = graph.node(p).input(0).filter(|_| graph.node(p).op() == "Erf")?;
     let root = std::f32::consts::SQRT_2;

@@ -101,7 +101,8 @@ impl Place<'_> {
     fn split(&self, axis: usize, inner: i64) -> Result<Split, String> {
         let behind: Option<Vec<i64>> = self.shape[axis + 1..].iter().map(Dim::known).collect();
         // A 0 copies the size of the same axis, which works in front of the split only.
-        let behind = behind.ok_or_else(|| format!("axis {axis} of {:?} is split, and sizes behind it are unknown", self.shape))?;
+        let behind =
+            behind.ok_or_else(|| format!("axis {axis} of {:?} is split, and sizes behind it are unknown", self.shape))?;
         let front = vec![0i64; axis];
         Ok(Split { apart: [&front[..], &[-1, inner], &behind].concat(), together: [&front[..], &[-1], &behind].concat() })
     }
