@@ -117,6 +117,21 @@ pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Erro
     write(&model, data.as_ref(), path, overwrite).map_err(fail)
 }
 
+/// Writes any output file the way models are written: complete under its name, or not at all.
+///
+/// Errors: as [`check_output`] without inputs; the disk.
+pub fn write_file(path: &Path, bytes: &[u8], overwrite: Overwrite) -> Result<(), Error> {
+    let fail = |cause| Error::new(path, cause);
+    check_place(path, overwrite).map_err(fail)?;
+    let put = || -> io::Result<()> {
+        let directory = directory_of(path);
+        let file = temporary(&directory, |w| w.write_all(bytes))?;
+        place(file, path, overwrite)?;
+        sync_directory(&directory)
+    };
+    put().map_err(|source| fail(Cause::Write { source }))
+}
+
 fn encode(graph: &Graph, path: &Path) -> Result<(ModelProto, Option<DataFile>), Cause> {
     let location = data_path(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut data = has_external(graph).then(|| DataFile::new(location.clone(), false));
