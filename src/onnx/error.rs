@@ -138,8 +138,8 @@ pub enum Cause {
     Dangling { node: String, value: String },
     #[error("graph output '{value}' is produced by nothing")]
     MissingOutput { value: String },
-    #[error("node #{index} has no operator type")]
-    NoOperator { index: usize },
+    #[error("node {node} has no operator type")]
+    NoOperator { node: String },
     #[error("node {node}: attribute {attribute} {reason}")]
     BadAttribute { node: String, attribute: String, reason: String },
 

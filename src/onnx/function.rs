@@ -157,6 +157,9 @@ impl<'a> Library<'a> {
                 None | Some("") => format!("{prefix}/{op}_{i}"),
                 Some(name) => format!("{prefix}/{name}"),
             };
+            if op.is_empty() {
+                return Err(Cause::NoOperator { node: format!("#{i} of {}", shown(prefix)) });
+            }
             let find = |value: &String| match value.as_str() {
                 "" => Ok(None),
                 v => scope.get(v).copied().ok_or_else(|| Cause::Dangling { node: shown(&name), value: shown(v) }),

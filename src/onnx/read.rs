@@ -329,7 +329,7 @@ impl<'a> Reader<'a> {
         let labels: Vec<String> = nodes.iter().enumerate().map(|(i, n)| node_label(i, n)).collect();
         for ((index, node), label) in nodes.iter().enumerate().zip(&labels) {
             if node.op_type.as_deref().unwrap_or_default().is_empty() {
-                return Err(Cause::NoOperator { index });
+                return Err(Cause::NoOperator { node: format!("#{index}") });
             }
             for name in node.output.iter().filter(|n| !n.is_empty()) {
                 self.define(name, format!("node {label}"))?;
