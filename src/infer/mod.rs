@@ -99,9 +99,9 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// The fact of a value.
+    /// The fact of a value; an empty one of a value that was added since.
     pub fn get(&self, id: ValueId) -> &Fact {
-        &self.values[id]
+        self.values.get(id).unwrap_or(&NOTHING)
     }
 
     /// Number of values that there are facts of.
@@ -116,7 +116,7 @@ impl Facts {
 
     /// The shape of a value, where its rank is known.
     pub fn shape(&self, id: ValueId) -> Option<&[Dim]> {
-        self.values[id].shape.as_deref()
+        self.get(id).shape.as_deref()
     }
 }
 
