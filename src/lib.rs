@@ -15,3 +15,4 @@ pub mod plan;
 pub mod runtime;
 pub mod score;
 pub mod slice;
+pub mod supernet;
