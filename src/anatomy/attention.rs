@@ -127,7 +127,10 @@ fn spelled_out(graph: &Graph, axes: &Axes, depends: &SideMap<ValueId, bool>, sof
             let (a, b) = (side(0), side(1));
             let both = intersection(&a, &b);
             let qk = sinks_at(axes, product, &both);
-            let head = difference(&intersection(&both, &mixed), &qk);
+            // Tokens are around both products too, but the softmax is normalized over them.
+            let normalized = |c: &ClassId| axes.classes()[*c].barriers.iter().any(|b| b.node == Some(softmax));
+            let mut head = difference(&intersection(&both, &mixed), &qk);
+            head.retain(|c| !normalized(c));
             let either = a.union(&b).copied().collect();
             let vo = difference(&difference(&mixed, &either), &qk);
             layer(axes, product, softmax, nodes.clone(), place_of(product), qk, vo, head)
