@@ -8,6 +8,8 @@ pub mod data;
 pub mod graph;
 pub mod infer;
 pub mod ops;
+pub mod plan;
 pub mod runtime;
+pub mod score;
 pub mod slice;
 pub mod supernet;

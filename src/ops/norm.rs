@@ -231,6 +231,9 @@ fn rms_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
 
 /// Relates axis 0 of a per-channel constant to axis 1 of the input.
 fn channel_constants(cx: &AxesCx<'_>, relations: &mut Relations, slots: std::ops::Range<usize>) {
+    if cx.shape(Slot::In(0)).len() < 2 {
+        return;
+    }
     for slot in slots.map(Slot::In).filter(|slot| cx.shape(*slot).len() == 1) {
         relations.same((slot, 0), (Slot::In(0), 1));
     }

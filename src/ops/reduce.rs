@@ -70,8 +70,14 @@ fn keeps(node: &Node) -> bool {
     node.attr_int("keepdims").unwrap_or(1) != 0
 }
 
+/// What is left of a shape, and the axes that were reduced.
+struct Left {
+    shape: Vec<Dim>,
+    axes: Vec<usize>,
+}
+
 /// The reduced shape and the reduced axes, where both are known.
-fn infer_shape(cx: &InferCx<'_>) -> Result<Option<(Vec<Dim>, Vec<usize>)>, InferError> {
+fn infer_shape(cx: &InferCx<'_>) -> Result<Option<Left>, InferError> {
     let Some(shape) = cx.shape(0) else { return Ok(None) };
     let input = cx.numbers(1);
     let Some(axes) = reduced(cx.node, input.clone(), shape.len()) else {
@@ -85,12 +91,12 @@ fn infer_shape(cx: &InferCx<'_>) -> Result<Option<(Vec<Dim>, Vec<usize>)>, Infer
         false => Some(size.clone()),
         true => keep.then(|| Dim::from(1i64)),
     });
-    Ok(Some((out.collect(), axes)))
+    Ok(Some(Left { shape: out.collect(), axes }))
 }
 
 fn infer_reduce(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let dtype = cx.dtype(0);
-    let Some((shape, axes)) = infer_shape(cx)? else { return Ok(vec![Fact::new(dtype, None)]) };
+    let Some(Left { shape, axes }) = infer_shape(cx)? else { return Ok(vec![Fact::new(dtype, None)]) };
     let known = reduce_ints(cx, &axes).and_then(|ints| contents::collect(ints, dtype?));
     Ok(vec![Fact::new(dtype, Some(shape)).with_known(known)])
 }
@@ -118,7 +124,7 @@ fn reduce_ints(cx: &InferCx<'_>, axes: &[usize]) -> Option<Vec<contents::Scalar>
 }
 
 fn infer_arg(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let shape = infer_shape(cx)?.map(|(shape, _)| shape);
+    let shape = infer_shape(cx)?.map(|left| left.shape);
     Ok(vec![Fact::new(Some(DType::I64), shape)])
 }
 

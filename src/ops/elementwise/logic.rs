@@ -101,10 +101,10 @@ fn dropout_axes(cx: &AxesCx<'_>) -> Relations {
 
 /// `dx = dy`, as long as nothing is dropped.
 fn dropout_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
-    if let Some(mode) = cx.node().input(2) {
-        if cx.numbers(mode).is_none_or(|v| v != [0]) {
-            return Err("Dropout in training mode".to_string());
-        }
+    if let Some(mode) = cx.node().input(2)
+        && cx.numbers(mode).is_none_or(|v| v != [0])
+    {
+        return Err("Dropout in training mode".to_string());
     }
     identity_grad(cx)
 }

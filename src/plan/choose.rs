@@ -1,0 +1,266 @@
+//! The ranking, and where it is cut off.
+
+use crate::anatomy::{Anatomy, Group, Kind};
+use crate::axes::ClassId;
+use crate::cost::{Cost, Model};
+use crate::score::Scores;
+use crate::slice::cutset::Kept;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ask {
+    /// A fraction of the units of each kind.
+    Fractions(BTreeMap<Kind, f64>),
+    /// A fraction of the MACs, of the parameters, or of both.
+    Budget {
+        /// Fraction of the MACs to keep.
+        macs: Option<f64>,
+        /// Fraction of the parameters to keep.
+        params: Option<f64>,
+        /// Kinds that may be cut.
+        kinds: BTreeSet<Kind>,
+    },
+}
+
+/// What limits the choice.
+#[derive(Clone, Debug, Default)]
+pub struct Limits {
+    /// Widths are multiples of this, where the group is at least that wide; 0 and 1 mean any.
+    pub round: usize,
+    /// Groups that are left alone.
+    pub protected: BTreeSet<String>,
+    /// Tokens of each token group that must stay.
+    pub pinned: BTreeMap<String, Vec<usize>>,
+}
+
+/// Why no plan could be made.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChooseError {
+    /// Nothing can be cut.
+    #[error("no prunable group found: {reasons}; see vitrim inspect")]
+    NothingToCut {
+        /// The most frequent reasons.
+        reasons: String,
+    },
+    /// The budget is below what the parts that stay cost.
+    #[error("smallest possible is {smallest:.0} % of {what}; asked for {asked:.0} %")]
+    Unreachable {
+        /// `MACs` or `params`.
+        what: &'static str,
+        /// Unit: percent.
+        smallest: f64,
+        /// Unit: percent.
+        asked: f64,
+    },
+    /// MACs are not known.
+    #[error("a size of the model is not known, so MACs cannot be counted: give it with --size NAME=N")]
+    UnknownMacs,
+    /// A group has no scores, or another number of them.
+    #[error("scores of group '{group}' have {found} entries, the group has {units} units")]
+    ScoresDiffer {
+        /// The group.
+        group: String,
+        /// Entries found.
+        found: usize,
+        /// Units of the group.
+        units: usize,
+    },
+}
+
+/// The steps of one group: what goes first, one dim of every head at a time.
+struct Ladder<'a> {
+    group: &'a Group,
+    /// Steps in the order of removal: units that go, and their score.
+    steps: Vec<(Vec<usize>, f64)>,
+    /// Positions of the class that one step removes of each head.
+    per_step: usize,
+}
+
+/// Chooses the units that stay.
+pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, model: &Model<'_>) -> Result<Kept, ChooseError> {
+    let kinds: BTreeSet<Kind> = match ask {
+        Ask::Fractions(f) => f.keys().copied().collect(),
+        Ask::Budget { kinds, .. } => kinds.clone(),
+    };
+    let wanted = |g: &&Group| kinds.contains(&g.kind) && !limits.protected.contains(&g.id);
+    let ladders = anatomy.groups.iter().filter(wanted).map(|g| ladder(g, scores, limits)).collect::<Result<Vec<_>, _>>()?;
+    if ladders.iter().all(|l| l.steps.is_empty()) {
+        return Err(nothing_to_cut(anatomy));
+    }
+    let counts = match ask {
+        Ask::Fractions(f) => ladders.iter().map(|l| steps_for_fraction(l, f[&l.group.kind], limits)).collect(),
+        Ask::Budget { macs, params, .. } => steps_for_budget(&ladders, *macs, *params, limits, model)?,
+    };
+    let kept: Kept = ladders.iter().zip(&counts).filter(|(_, n)| **n > 0).map(|(l, n)| (l.group.id.clone(), l.kept(*n))).collect();
+    Ok(monotone(anatomy, kept))
+}
+
+fn nothing_to_cut(anatomy: &Anatomy) -> ChooseError {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for r in &anatomy.refused {
+        *counts.entry(r.reason.as_str()).or_insert(0) += 1;
+    }
+    let mut reasons: Vec<(usize, &str)> = counts.into_iter().map(|(r, n)| (n, r)).collect();
+    reasons.sort_by(|a, b| b.cmp(a));
+    let top: Vec<&str> = reasons.into_iter().take(2).map(|(_, r)| r).collect();
+    ChooseError::NothingToCut { reasons: if top.is_empty() { "no attention and no MLP".into() } else { top.join(", ") } }
+}
+
+fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladder<'a>, ChooseError> {
+    let units = group.units();
+    let values = scores.groups.get(&group.id).map_or(&[][..], Vec::as_slice);
+    if values.len() != units {
+        return Err(ChooseError::ScoresDiffer { group: group.id.clone(), found: values.len(), units });
+    }
+    let pinned: BTreeSet<usize> = limits.pinned.get(&group.id).into_iter().flatten().copied().collect();
+    let width = group.stored.len();
+    let mut rows: Vec<Vec<(f64, Vec<usize>)>> = Vec::new();
+    for head in 0..group.nest_count() {
+        let mut bundles: Vec<(f64, Vec<usize>)> = Vec::new();
+        for unit in head * width..(head + 1) * width {
+            let bundle = group.bundle(unit);
+            if bundle[0] == unit && !bundle.iter().any(|u| pinned.contains(u)) {
+                bundles.push((bundle.iter().map(|u| f64::from(values[*u])).sum(), bundle));
+            }
+        }
+        // The weakest first; of equals the later one, so that the order does not depend on chance.
+        bundles.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| b.1.cmp(&a.1)));
+        rows.push(bundles);
+    }
+    let spare = usize::from(pinned.is_empty());
+    let step_count = rows.iter().map(Vec::len).min().unwrap_or(0).saturating_sub(spare);
+    let steps = (0..step_count)
+        .map(|n| {
+            let score = rows.iter().map(|r| r[n].0).sum();
+            (rows.iter().flat_map(|r| r[n].1.iter().copied()).collect(), score)
+        })
+        .collect();
+    Ok(Ladder { group, steps, per_step: 1 })
+}
+
+impl Ladder<'_> {
+    /// Units that stay after `n` steps.
+    fn kept(&self, n: usize) -> Vec<usize> {
+        let gone: BTreeSet<usize> = self.steps[..n].iter().flat_map(|(units, _)| units.iter().copied()).collect();
+        (0..self.group.units()).filter(|u| !gone.contains(u)).collect()
+    }
+
+    /// Stored dims per head after `n` steps.
+    fn width_after(&self, n: usize) -> usize {
+        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
+        self.group.stored.len() - n * per_head
+    }
+
+    /// The greatest number of steps up to `n` that leaves a rounded width.
+    fn rounded(&self, n: usize, round: usize) -> usize {
+        if round <= 1 || self.group.stored.len() < round {
+            return n;
+        }
+        (0..=n).rev().find(|m| self.width_after(*m) % round == 0).unwrap_or(0)
+    }
+}
+
+fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> usize {
+    let width = ladder.group.stored.len();
+    let target = (fraction * width as f64).round() as usize;
+    let n = (0..=ladder.steps.len()).find(|n| ladder.width_after(*n) <= target).unwrap_or(ladder.steps.len());
+    ladder.rounded(n, limits.round)
+}
+
+/// All steps of all ladders, in the order of score per cost.
+fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usize> {
+    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
+    let mut steps: Vec<(f64, usize, usize)> = Vec::new();
+    for (i, l) in ladders.iter().enumerate() {
+        if l.steps.is_empty() {
+            continue;
+        }
+        let mut one = vec![0; ladders.len()];
+        one[i] = 1;
+        let after = cost_after(ladders, &one, model);
+        let saved = match (by_macs, whole.macs, after.macs) {
+            (true, Some(a), Some(b)) => a.saturating_sub(b),
+            _ => whole.params.saturating_sub(after.params),
+        };
+        let mut floor = f64::NEG_INFINITY;
+        for (n, (_, score)) in l.steps.iter().enumerate() {
+            floor = floor.max(score / saved.max(1) as f64);
+            steps.push((floor, i, n));
+        }
+    }
+    steps.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.cmp(&b.2)).then(a.1.cmp(&b.1)));
+    steps.into_iter().map(|(_, i, _)| i).collect()
+}
+
+fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Cost {
+    let sizes: BTreeMap<ClassId, usize> = ladders
+        .iter()
+        .zip(counts)
+        .filter(|(l, _)| l.group.kind != Kind::Token)
+        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n * l.per_step))
+        .collect();
+    let tokens: BTreeMap<usize, usize> =
+        ladders.iter().zip(counts).filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
+    model.under(&|class| sizes.get(&class).copied(), &tokens)
+}
+
+fn steps_for_budget(
+    ladders: &[Ladder<'_>],
+    macs: Option<f64>,
+    params: Option<f64>,
+    limits: &Limits,
+    model: &Model<'_>,
+) -> Result<Vec<usize>, ChooseError> {
+    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
+    if macs.is_some() && whole.macs.is_none() {
+        return Err(ChooseError::UnknownMacs);
+    }
+    let order = ranking(ladders, macs.is_some(), model);
+    let counts_at = |taken: usize| -> Vec<usize> {
+        let mut counts = vec![0; ladders.len()];
+        for i in &order[..taken] {
+            counts[*i] += 1;
+        }
+        counts.iter().zip(ladders).map(|(n, l)| l.rounded(*n, limits.round)).collect()
+    };
+    let share = |taken: usize| -> (f64, f64) {
+        let cost = cost_after(ladders, &counts_at(taken), model);
+        (cost.macs.zip(whole.macs).map_or(0.0, |(a, b)| a as f64 / b as f64), cost.params as f64 / whole.params.max(1) as f64)
+    };
+    let met = |taken: usize| {
+        let (m, p) = share(taken);
+        macs.is_none_or(|f| m <= f) && params.is_none_or(|f| p <= f)
+    };
+    if !met(order.len()) {
+        let (m, p) = share(order.len());
+        return Err(match macs.filter(|f| m > *f) {
+            Some(f) => ChooseError::Unreachable { what: "MACs", smallest: m * 100.0, asked: f * 100.0 },
+            None => ChooseError::Unreachable { what: "params", smallest: p * 100.0, asked: params.unwrap_or(0.0) * 100.0 },
+        });
+    }
+    let (mut low, mut high) = (0, order.len());
+    while low < high {
+        let middle = (low + high) / 2;
+        if met(middle) { high = middle } else { low = middle + 1 }
+    }
+    Ok(counts_at(high))
+}
+
+/// A token that is gone in one layer is gone in all later ones.
+fn monotone(anatomy: &Anatomy, mut kept: Kept) -> Kept {
+    let mut alive: Option<BTreeSet<usize>> = None;
+    for group in anatomy.groups.iter().filter(|g| g.kind == Kind::Token) {
+        let own = kept.get(&group.id).map(|k| k.iter().copied().collect::<BTreeSet<usize>>());
+        let now = match (alive.take(), own) {
+            (Some(before), Some(own)) => Some(before.intersection(&own).copied().collect()),
+            (before, own) => before.or(own),
+        };
+        if let Some(now) = &now {
+            kept.insert(group.id.clone(), now.iter().copied().collect());
+        }
+        alive = now;
+    }
+    kept
+}

@@ -1,0 +1,196 @@
+//! plan.json: which units stay, and why. It can be written by hand, diffed, and applied again.
+
+use crate::anatomy::Anatomy;
+use crate::slice::cutset::Kept;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The version of the JSON names that this build writes and reads.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Which units of which groups stay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Version of the JSON names.
+    pub schema_version: u32,
+    /// The model that it was made for.
+    pub model_sha256: String,
+    /// What was asked for and what it will cost.
+    #[serde(default)]
+    pub budget: Budget,
+    /// Kept units by group id; groups that are not named are kept whole.
+    pub groups: BTreeMap<String, KeptUnits>,
+    /// How heads may differ: `equal`.
+    #[serde(default = "equal")]
+    pub layout: String,
+    /// Basis of q, k, v: `original`.
+    #[serde(default = "original")]
+    pub basis: String,
+    /// Seed of the scores, where they are random.
+    #[serde(default)]
+    pub seed: u64,
+    /// Where trained or folded weights come from.
+    #[serde(default)]
+    pub weights: Option<Weights>,
+    /// Tensors whose kept values differ from the model's.
+    #[serde(default)]
+    pub edited: Vec<Edited>,
+}
+
+fn equal() -> String {
+    "equal".into()
+}
+
+fn original() -> String {
+    "original".into()
+}
+
+/// What was asked for and what it will cost.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Budget {
+    /// As asked: `macs=0.5`, `mlp=0.5,qk=0.5`.
+    pub asked: String,
+    /// Parameters and MACs, before and after.
+    pub promised: Promised,
+}
+
+/// Cost before and after.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Promised {
+    /// Parameters.
+    pub params: BeforeAfter,
+    /// MACs per sample; absent where a size is not known.
+    pub macs: Option<BeforeAfter>,
+}
+
+/// A number before and after a cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeforeAfter {
+    /// Before.
+    pub before: u64,
+    /// After.
+    pub after: u64,
+}
+
+/// Kept units of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptUnits {
+    /// Indices, ascending.
+    pub kept: Vec<usize>,
+    /// How many units there are.
+    pub of: usize,
+}
+
+/// A file of weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Weights {
+    /// Its path.
+    pub path: String,
+    /// Its hash.
+    pub sha256: String,
+}
+
+/// A tensor whose kept values differ from the model's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Edited {
+    /// Its name in the model.
+    pub initializer: String,
+    /// `folded`, `trained`.
+    pub why: String,
+}
+
+/// Why a plan cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanFileError {
+    /// Not readable.
+    #[error("{file}: {cause}")]
+    Io {
+        /// The file.
+        file: String,
+        /// The cause.
+        cause: std::io::Error,
+    },
+    /// Not a plan.
+    #[error("{file}: not a plan: {cause}")]
+    Malformed {
+        /// The file.
+        file: String,
+        /// The cause.
+        cause: String,
+    },
+    /// Made for another model.
+    #[error("{file}: belongs to model sha256 {asked}.., not {found}..")]
+    OtherModel {
+        /// The file.
+        file: String,
+        /// First digits of the hash in the plan.
+        asked: String,
+        /// First digits of the hash of the model.
+        found: String,
+    },
+    /// The group has another number of units.
+    #[error("{file}: group '{group}' has {found} units, the plan says {asked}")]
+    OtherSize {
+        /// The file.
+        file: String,
+        /// The group.
+        group: String,
+        /// Units in the plan.
+        asked: usize,
+        /// Units in the model.
+        found: usize,
+    },
+}
+
+impl Plan {
+    /// A plan without groups.
+    pub fn empty(model_sha256: &str) -> Self {
+        Self {
+            schema_version: SCHEMA_VERSION,
+            model_sha256: model_sha256.to_string(),
+            budget: Budget::default(),
+            groups: BTreeMap::new(),
+            layout: equal(),
+            basis: original(),
+            seed: 0,
+            weights: None,
+            edited: Vec::new(),
+        }
+    }
+
+    /// Reads a plan.
+    pub fn read(path: &Path) -> Result<Self, PlanFileError> {
+        let file = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|cause| PlanFileError::Io { file: file.clone(), cause })?;
+        let plan: Self = serde_json::from_str(&text).map_err(|e| PlanFileError::Malformed { file: file.clone(), cause: e.to_string() })?;
+        if plan.schema_version > SCHEMA_VERSION {
+            let cause = format!("written with schema {}, this build reads {SCHEMA_VERSION}", plan.schema_version);
+            return Err(PlanFileError::Malformed { file, cause });
+        }
+        Ok(plan)
+    }
+
+    /// Checks that the plan was made for this model.
+    pub fn check(&self, path: &Path, sha256: &str, anatomy: &Anatomy) -> Result<(), PlanFileError> {
+        let file = path.display().to_string();
+        let start = |s: &str| s.chars().take(8).collect::<String>();
+        if !self.model_sha256.is_empty() && self.model_sha256 != sha256 {
+            return Err(PlanFileError::OtherModel { file, asked: start(&self.model_sha256), found: start(sha256) });
+        }
+        for (id, kept) in &self.groups {
+            if let Some(g) = anatomy.groups.iter().find(|g| g.id == *id)
+                && g.units() != kept.of
+            {
+                return Err(PlanFileError::OtherSize { file, group: id.clone(), asked: kept.of, found: g.units() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Kept units of the groups that lose some.
+    pub fn kept(&self) -> Kept {
+        self.groups.iter().filter(|(_, k)| k.kept.len() < k.of).map(|(id, k)| (id.clone(), k.kept.clone())).collect()
+    }
+}

@@ -1,0 +1,90 @@
+//! Scores: one number per unit, whoever made them. The greater, the more the unit is worth keeping.
+//!
+//! In: the anatomy, and weights, a seed, or a search's gates. Out: [`Scores`], a safetensors file with one f32 vector per group.
+
+mod weights;
+
+pub use weights::{magnitude, random};
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// One score per unit of each group.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// Scores by group id, in the order of units.
+    pub groups: BTreeMap<String, Vec<f32>>,
+    /// How they were made: `magnitude`, `random`, `search`.
+    pub by: String,
+    /// The model that they belong to.
+    pub model_sha256: String,
+}
+
+/// Why a file of scores cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScoresError {
+    /// Not readable.
+    #[error("{file}: {cause}")]
+    Io {
+        /// The file.
+        file: String,
+        /// The cause.
+        cause: std::io::Error,
+    },
+    /// Not a file of scores.
+    #[error("{file}: file of scores is damaged: {cause}")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// The cause.
+        cause: String,
+    },
+}
+
+impl Scores {
+    /// The file's content.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        let data: Vec<(String, Vec<u8>, usize)> = self
+            .groups
+            .iter()
+            .map(|(id, v)| (id.clone(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len()))
+            .collect();
+        let views: Vec<(&str, TensorView<'_>)> = data
+            .iter()
+            .map(|(id, bytes, len)| TensorView::new(Dtype::F32, vec![*len], bytes).map(|t| (id.as_str(), t)))
+            .collect::<Result<_, _>>()
+            .map_err(|e| e.to_string())?;
+        let meta = HashMap::from([
+            ("by".to_string(), self.by.clone()),
+            ("model_sha256".to_string(), self.model_sha256.clone()),
+            ("vitrim".to_string(), env!("CARGO_PKG_VERSION").to_string()),
+        ]);
+        let bytes = safetensors::serialize(views, Some(meta)).map_err(|e| e.to_string())?;
+        Ok(bytes)
+    }
+
+    /// Reads a file of scores.
+    pub fn read(path: &Path) -> Result<Self, ScoresError> {
+        let file = path.display().to_string();
+        let bytes = std::fs::read(path).map_err(|cause| ScoresError::Io { file: file.clone(), cause })?;
+        let damaged = |cause: String| ScoresError::Damaged { file: file.clone(), cause };
+        let (_, meta) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let meta = meta.metadata().clone().unwrap_or_default();
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let mut groups = BTreeMap::new();
+        for (name, t) in tensors.tensors() {
+            if t.dtype() != Dtype::F32 {
+                return Err(damaged(format!("'{name}' is not float32")));
+            }
+            let values: Vec<f32> = t.data().as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect();
+            if values.iter().any(|v| !v.is_finite()) {
+                return Err(damaged(format!("'{name}' holds invalid values")));
+            }
+            groups.insert(name.strip_prefix("gate.").unwrap_or(&name).to_string(), values);
+        }
+        let text = |key: &str| meta.get(key).cloned().unwrap_or_default();
+        Ok(Self { groups, by: text("by"), model_sha256: text("model_sha256") })
+    }
+}
