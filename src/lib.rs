@@ -7,6 +7,7 @@ pub mod cost;
 pub mod data;
 pub mod graph;
 pub mod infer;
+pub mod onnx;
 pub mod ops;
 pub mod plan;
 pub mod runtime;

@@ -151,6 +151,21 @@ pub(super) fn build(graph: &Graph, facts: &Facts, axes: &Axes, kind: Kind, layer
     Some(group)
 }
 
+/// The group of a token site. It has no class: tokens are positions of one layer's sequence, not a factor.
+pub(super) fn of_tokens(site: &super::TokenSite) -> Group {
+    Group {
+        id: String::new(),
+        kind: Kind::Token,
+        layer: site.layer,
+        nest: Vec::new(),
+        leaf: ClassId::MAX,
+        stored: (0..site.count).collect(),
+        heads: None,
+        sites: Vec::new(),
+        cuts: Vec::new(),
+    }
+}
+
 /// Gives groups their names: per kind in the order of layers; several of a kind in a layer get a letter.
 pub(super) fn number(groups: &mut [Group]) {
     let keys: Vec<(Kind, usize)> = groups.iter().map(|g| (g.kind, g.layer)).collect();

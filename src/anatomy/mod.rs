@@ -9,9 +9,11 @@
 
 mod attention;
 mod group;
+mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
+pub use tokens::{FIXED, TokenSite};
 
 use crate::axes::{Axes, Class, ClassId};
 use crate::graph::{Graph, Id};
@@ -42,6 +44,8 @@ pub struct Anatomy {
     pub axes: Axes,
     /// Attention layers, from the input on.
     pub attention: Vec<AttentionLayer>,
+    /// Places where the sequence can be shortened, from the input on.
+    pub tokens: Vec<TokenSite>,
 }
 
 /// Names the classes of a graph.
@@ -72,13 +76,22 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         found.push((kind, *counter, class, at));
         *counter += usize::from(closed);
     }
-    let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention };
+    let layers: Vec<_> = attention.iter().map(|a| (a.logits, a.softmax)).collect();
+    let (tokens, without) = tokens::token_sites(graph, facts, &layers);
+    let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
     for (kind, layer, class, _) in found {
         match refusal(graph, &anatomy.axes, kind, class) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
             None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
+        }
+    }
+    anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));
+    for (_, node, reason) in without {
+        let refused = Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
+        if !anatomy.refused.contains(&refused) {
+            anatomy.refused.push(refused);
         }
     }
     group::number(&mut anatomy.groups);

@@ -4,6 +4,7 @@
 //! then exact without slicing (C3). Counts are per run at batch 1: the leading symbol of every graph input is taken as 1.
 //! Invariant: the MACs that [`Model::under`] gives are what [`count`] finds on the sliced graph.
 
+use crate::anatomy::{Anatomy, Kind};
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, ClassId};
 use crate::graph::{AttrValue, DType, DeclaredDim, Graph, Id, NodeId, Tensor, Use, ValueId};
@@ -96,6 +97,8 @@ pub struct Model<'a> {
     facts: &'a Facts,
     sizes: Sizes,
     terms: BTreeMap<(usize, usize), AxisTerms>,
+    /// Axes that hold tokens: the last site before them (by layer), the axis' length, the number of tokens at the site.
+    tokens: BTreeMap<(ValueId, usize), (usize, usize, usize)>,
     /// MACs of the operators that no class of `classes` touches.
     fixed_macs: Option<u64>,
     moving: Vec<(NodeId, fn(&CostCx<'_>) -> Option<Dim>)>,
@@ -105,10 +108,16 @@ pub struct Model<'a> {
 }
 
 impl<'a> Model<'a> {
-    /// Prepares the cost of plans that cut some of `classes`.
-    pub fn new(graph: &'a Graph, facts: &'a Facts, axes: &Axes, classes: &[ClassId], sizes: &Sizes) -> Self {
+    /// Prepares the cost of plans that cut some groups of an anatomy.
+    pub fn new(graph: &'a Graph, facts: &'a Facts, anatomy: &Anatomy, sizes: &Sizes) -> Self {
+        let axes = &anatomy.axes;
+        let classes: Vec<ClassId> = anatomy.groups.iter().filter(|g| g.kind != Kind::Token).map(|g| g.leaf).collect();
+        let mut tokens = BTreeMap::new();
+        for site in &anatomy.tokens {
+            tokens.extend(site.reach.iter().map(|(at, list)| (*at, (site.layer, list.len(), site.count))));
+        }
         let mut terms: BTreeMap<(usize, usize), AxisTerms> = BTreeMap::new();
-        for class in classes {
+        for class in &classes {
             for m in &axes.classes()[*class].members {
                 terms.entry((m.carrier, m.axis)).or_insert_with(|| {
                     let mut seen: BTreeMap<Vec<usize>, Vec<(ClassId, usize)>> = BTreeMap::new();
@@ -119,7 +128,9 @@ impl<'a> Model<'a> {
                 });
             }
         }
-        let touched = |v: ValueId, rank: usize| (0..rank).any(|axis| terms.contains_key(&(v.index(), axis)));
+        let touched = |v: ValueId, rank: usize| {
+            (0..rank).any(|axis| terms.contains_key(&(v.index(), axis)) || tokens.contains_key(&(v, axis)))
+        };
         let mut moving = Vec::new();
         let mut fixed_macs = Some(0u64);
         for (id, node) in graph.nodes() {
@@ -138,6 +149,7 @@ impl<'a> Model<'a> {
             facts,
             sizes: sizes.clone(),
             terms,
+            tokens,
             fixed_macs,
             moving,
             fixed_params: params(graph),
@@ -164,14 +176,20 @@ impl<'a> Model<'a> {
         Some(terms.iter().map(|t| t.iter().map(|(c, n)| class_size(*c).unwrap_or(*n)).product::<usize>()).sum())
     }
 
-    /// The cost where classes have the sizes that `class_size` gives. MACs are exact; parameters leave out copies that a cut may
-    /// need of constants shared by several readers.
-    pub fn under(&self, class_size: &dyn Fn(ClassId) -> Option<usize>) -> Cost {
+    /// The cost where classes have the sizes that `class_size` gives, and `token_counts` tokens stay from a layer on. MACs are exact;
+    /// parameters leave out copies that a cut may need of constants shared by several readers.
+    pub fn under(&self, class_size: &dyn Fn(ClassId) -> Option<usize>, token_counts: &BTreeMap<usize, usize>) -> Cost {
+        let tokens_left = |layer: usize| token_counts.range(..=layer).map(|(_, n)| *n).min();
         let shape = |v: ValueId| {
             let mut shape = self.facts.shape(v)?.to_vec();
             for (axis, d) in shape.iter_mut().enumerate() {
                 if let Some(n) = self.size(v.index(), axis, class_size) {
                     *d = n.into();
+                }
+                if let Some((layer, len, count)) = self.tokens.get(&(v, axis))
+                    && let Some(left) = tokens_left(*layer)
+                {
+                    *d = len.saturating_sub(count.saturating_sub(left)).into();
                 }
             }
             Some(shape)

@@ -5,6 +5,7 @@
 //! `Concat(Gather(Shape(x), 0), 197, 3, 64)` gets the shape `[batch, 197, 3, 64]`.
 //! Invariant: a fact that is present is true for every run; what is not known is absent, never guessed.
 
+pub mod content;
 pub mod dim;
 
 use crate::graph::{DType, DeclaredDim, Graph, Node, NodeId, SideMap, Tensor, ValueId};

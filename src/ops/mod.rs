@@ -11,7 +11,15 @@ pub mod elementwise;
 pub mod matmul;
 pub mod norm;
 pub mod reduce;
+pub mod control;
+pub mod layout;
+pub mod reshape;
+pub mod select;
+pub mod shape;
 pub mod softmax;
+
+#[cfg(test)]
+pub(crate) mod probe;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
@@ -92,6 +100,14 @@ static FAMILIES: &[&[OpRule]] = &[
     elementwise::logic::RULES,
     norm::RULES,
     reduce::RULES,
+    control::RULES,
+    layout::RULES,
+    reshape::RULES,
+    select::gather::RULES,
+    select::join::RULES,
+    select::scatter::RULES,
+    select::slice::RULES,
+    shape::RULES,
     softmax::RULES,
     matmul::RULES,
     einsum::RULES,

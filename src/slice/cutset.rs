@@ -3,7 +3,7 @@
 //! A head may keep dims of its own, so on the axis `E` of `[B, H, N, E]` positions have no fate of their own: there the first head
 //! that stays stands for all, and only the number that stays counts. On a flat axis of `H x E` each position has its fate.
 
-use crate::anatomy::{Anatomy, Group};
+use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::{AxisOf, CarrierId, ClassId, Region};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -86,7 +86,7 @@ impl<'a> CutSet<'a> {
         for (id, units) in kept {
             let group = anatomy.groups.iter().find(|g| g.id == *id).ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
             let gone = gone_of(group, units)?;
-            if !gone.is_empty() {
+            if !gone.is_empty() && group.kind != Kind::Token {
                 removals.push(Removal { group, gone });
             }
         }

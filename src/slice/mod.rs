@@ -11,8 +11,10 @@ mod constants;
 pub mod cutset;
 pub mod refit;
 mod shapes;
+mod tokens;
+pub mod twin;
 
-use crate::anatomy::Anatomy;
+use crate::anatomy::{Anatomy, Kind};
 use crate::axes::CarrierId;
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, Id, NodeId, Use, ValueId, check};
@@ -101,8 +103,28 @@ pub enum SliceError {
     Invariant(String),
 }
 
-/// Removes all units that are not kept. Groups that `kept` does not name stay whole.
-pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Result<Sliced, SliceError> {
+/// Removes all units that are not kept. Groups that `kept` does not name stay whole. Tokens go first: the shorter graph is then
+/// analysed again by `analyse`, which gives its facts and anatomy.
+pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analyse: &Analyse<'_>) -> Result<Sliced, SliceError> {
+    let sites = tokens::kept_tokens(anatomy, kept);
+    if sites.is_empty() {
+        return cut_units(graph, facts, anatomy, kept);
+    }
+    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, &sites)?;
+    let (facts, anatomy) = analyse(&shorter)?;
+    let left: Kept = kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
+    let mut sliced = cut_units(&shorter, &facts, &anatomy, &left)?;
+    cuts.append(&mut sliced.cuts);
+    cloned.append(&mut sliced.cloned);
+    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
+    let new = sliced.graph.order().iter().filter(|id| !before.contains(id)).map(|id| sliced.graph.label(*id)).collect();
+    Ok(Sliced { cuts, cloned, nodes: NodeChanges { added: new, ..sliced.nodes }, ..sliced })
+}
+
+/// Facts and anatomy of a graph: what the stages before this one find.
+pub type Analyse<'a> = dyn Fn(&Graph) -> Result<(Facts, Anatomy), InferError> + 'a;
+
+fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Result<Sliced, SliceError> {
     let cut = CutSet::new(anatomy, kept)?;
     let stays = stays_of(&cut);
     let ragged: BTreeSet<CarrierId> = stays.iter().filter(|(_, s)| **s == Stays::Ragged).map(|((c, _), _)| *c).collect();

@@ -1,0 +1,224 @@
+//! Saving: a complete file appears under its name, or nothing does.
+//!
+//! Everything is written to temporary files in the directory of the output, flushed to the disk, and renamed. Where tensors stand
+//! in a data file (as the input had them, or because the model is larger than protobuf allows), it is called `<stem>.onnx.data`
+//! and takes its name before the model does; a model of that name that is to be replaced is removed before its data is, so that no
+//! model is ever seen beside the data of another.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use onnx_proto::ModelProto;
+use prost::Message;
+use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
+
+use super::error::{Cause, Error, shown};
+use super::source::Source;
+use super::tensor::DataFile;
+use super::write::{PROTO_LIMIT, to_model};
+use crate::graph::{AttrValue, Graph, Storage};
+
+/// What happens where the output exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overwrite {
+    /// It is an error.
+    Refuse,
+    /// It is replaced at the end.
+    Force,
+}
+
+/// The data file of a model at `path`: `<stem>.onnx.data` beside it.
+pub fn data_path(path: &Path) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_os_string();
+    name.push(".onnx.data");
+    path.with_file_name(name)
+}
+
+/// Checks before any work that `path` can be written: its directory is there and takes files; neither it nor its data file is one
+/// of `inputs` under any name or link; and nothing stands there, or `overwrite` allows it to be replaced. Touches nothing.
+///
+/// Errors: which of these does not hold.
+pub fn check_output(path: &Path, inputs: &[PathBuf], overwrite: Overwrite) -> Result<(), Error> {
+    let fail = |cause| Err(Error::new(path, cause));
+    for output in [path.to_path_buf(), data_path(path)] {
+        if inputs.iter().any(|input| is_same_file(&output, input)) {
+            return fail(Cause::OverwritesInput);
+        }
+    }
+    check_place(path, overwrite).or_else(fail)?;
+    match NamedTempFile::new_in(directory_of(path)) {
+        Ok(_) => Ok(()),
+        Err(source) => fail(Cause::DirectoryNotWritable { directory: shown(&directory_of(path).to_string_lossy()), source }),
+    }
+}
+
+fn check_place(path: &Path, overwrite: Overwrite) -> Result<(), Cause> {
+    let directory = directory_of(path);
+    let name = || shown(&directory.to_string_lossy());
+    match fs::metadata(&directory) {
+        Ok(meta) if !meta.is_dir() => return Err(Cause::NotADirectory { directory: name() }),
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Cause::NoDirectory { directory: name() }),
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => return Err(Cause::NotADirectory { directory: name() }),
+        Err(source) => return Err(Cause::DirectoryNotWritable { directory: name(), source }),
+    }
+    if path.file_name().is_none() {
+        return Err(Cause::IsDirectory { only: None });
+    }
+    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+    if meta.is_dir() {
+        return Err(Cause::IsDirectory { only: None });
+    }
+    // A link is replaced itself, whatever it leads to; a device or a FIFO is not ours to replace.
+    if !meta.is_file() && !meta.is_symlink() {
+        return Err(Cause::OutputNotRegular);
+    }
+    if overwrite == Overwrite::Refuse { Err(Cause::Exists) } else { Ok(()) }
+}
+
+fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// Whether two paths lead to one file: by any spelling, symbolic link or hard link.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let absolute = |p: &Path| Some(directory_of(p).canonicalize().ok()?.join(p.file_name()?));
+    if absolute(a).is_some_and(|x| absolute(b) == Some(x)) {
+        return true;
+    }
+    let (Ok(x), Ok(y)) = (fs::metadata(a), fs::metadata(b)) else { return false };
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        (x.dev(), x.ino()) == (y.dev(), y.ino())
+    }
+    #[cfg(not(unix))]
+    {
+        x.len() == y.len() && a.canonicalize().ok() == b.canonicalize().ok()
+    }
+}
+
+/// Writes the model to `path`, and its data file beside it where it has one.
+///
+/// Errors: as [`check_output`] without inputs; the disk; a graph that cannot be encoded.
+pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Error> {
+    let fail = |cause| Error::new(path, cause);
+    check_place(path, overwrite).map_err(fail)?;
+    let (model, data) = encode(graph, path).map_err(fail)?;
+    if data.is_some() {
+        let data_path = data_path(path);
+        check_place(&data_path, overwrite).map_err(|cause| Error::new(&data_path, cause))?;
+    }
+    write(&model, data.as_ref(), path, overwrite).map_err(fail)
+}
+
+fn encode(graph: &Graph, path: &Path) -> Result<(ModelProto, Option<DataFile>), Cause> {
+    let location = data_path(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut data = has_external(graph).then(|| DataFile::new(location.clone(), false));
+    let mut model = to_model(graph, data.as_mut())?;
+    if model.encoded_len() > PROTO_LIMIT {
+        data = Some(DataFile::new(location, true));
+        model = to_model(graph, data.as_mut())?;
+    }
+    if model.encoded_len() > PROTO_LIMIT {
+        return Err(Cause::OutputTooLarge);
+    }
+    Ok((model, data.filter(|d| !d.parts.is_empty())))
+}
+
+fn write(model: &ModelProto, data: Option<&DataFile>, path: &Path, overwrite: Overwrite) -> Result<(), Cause> {
+    let model_len = u64::try_from(model.encoded_len()).unwrap_or(u64::MAX);
+    let needs_bytes = model_len + data.map_or(0, |d| d.len);
+    let put = || -> io::Result<()> {
+        let directory = directory_of(path);
+        let data_file = data.map(|d| temporary(&directory, |w| write_data(d, w))).transpose()?;
+        let model_file = temporary(&directory, |w| w.write_all(&model.encode_to_vec()))?;
+        if let Some(file) = data_file {
+            if overwrite == Overwrite::Force && fs::symlink_metadata(path).is_ok() {
+                fs::remove_file(path)?;
+            }
+            place(file, &data_path(path), overwrite)?;
+        }
+        place(model_file, path, overwrite)?;
+        sync_directory(&directory)
+    };
+    put().map_err(|source| match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Cause::NoSpace { needs_bytes },
+        io::ErrorKind::AlreadyExists => Cause::Exists,
+        _ => Cause::Write { source },
+    })
+}
+
+fn has_external(graph: &Graph) -> bool {
+    let attrs = graph.nodes().flat_map(|(_, n)| n.attrs()).filter_map(|a| match &a.value {
+        AttrValue::Tensor(t) => Some(t),
+        _ => None,
+    });
+    let initializers = graph.initializers().iter().filter_map(|v| graph.value(*v).initializer());
+    initializers.chain(attrs).any(|t| t.storage == Storage::External)
+}
+
+/// A temporary file in `directory`, written and flushed; it vanishes unless it is placed.
+fn temporary(directory: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".vitrim-").suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
+    let file = builder.tempfile_in(directory)?;
+    let mut writer = BufWriter::new(file.as_file());
+    write(&mut writer)?;
+    writer.flush()?;
+    drop(writer);
+    file.as_file().sync_all()?;
+    Ok(file)
+}
+
+fn write_data(data: &DataFile, writer: &mut dyn Write) -> io::Result<()> {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let mut at = 0;
+    for (offset, bytes) in &data.parts {
+        let gap = usize::try_from(offset - at).map_err(io::Error::other)?;
+        writer.write_all(&ZEROS[..gap])?; // less than one page, by the alignment
+        writer.write_all(bytes)?;
+        at = offset + u64::try_from(bytes.len()).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+fn place(file: NamedTempFile, path: &Path, overwrite: Overwrite) -> io::Result<()> {
+    match overwrite {
+        Overwrite::Force => file.persist(path).map(drop).map_err(|e| e.error),
+        Overwrite::Refuse => file.persist_noclobber(path).map(drop).map_err(|e| e.error),
+    }
+}
+
+fn sync_directory(directory: &Path) -> io::Result<()> {
+    match File::open(directory).and_then(|d| d.sync_all()) {
+        // Some file systems cannot flush directories; the file itself is safe.
+        Err(e) if matches!(e.kind(), io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput) => Ok(()),
+        other => other,
+    }
+}
+
+/// The sha256 of a file's content, in hexadecimal: what plans and checkpoints say they belong to.
+///
+/// Errors: the file cannot be read, or is not a regular one.
+pub fn sha256_of_file(path: &Path) -> Result<String, Error> {
+    let digest = || {
+        let source = Source::open(path)?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match source.file().read(&mut buffer).map_err(|source| Cause::Read { source })? {
+                0 => return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect()),
+                n => hash.update(&buffer[..n]),
+            }
+        }
+    };
+    digest().map_err(|cause| Error::new(path, cause))
+}

@@ -1,0 +1,97 @@
+//! Shortening sequences: a Gather of constant positions on the residual before a block, and everything with a token axis behind it.
+
+use super::constants::{self, Keeps};
+use super::refit::{RefitCx, RefitError};
+use super::shapes;
+use super::{Cloned, TensorCut};
+use crate::anatomy::{Anatomy, FIXED, Kind, TokenSite};
+use crate::graph::{Graph, Use, ValueId};
+use crate::infer::Facts;
+use crate::ops::{self, Refit};
+use crate::slice::cutset::Kept;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Tokens that stay at each site that loses some, in the order of layers: a token that is gone stays gone.
+pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a TokenSite, BTreeSet<usize>)> {
+    let mut out: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
+    for site in &anatomy.tokens {
+        let group = anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer);
+        let Some(units) = group.and_then(|g| kept.get(&g.id)) else { continue };
+        let mut stays: BTreeSet<usize> = units.iter().copied().chain(site.pinned.iter().copied()).collect();
+        if let Some((_, before)) = out.last() {
+            stays.retain(|t| before.contains(t));
+        }
+        let had = out.last().map_or(site.count, |(_, b)| b.len());
+        if stays.len() < had {
+            out.push((site, stays));
+        }
+    }
+    out
+}
+
+/// Shortens the sequence at every site that loses tokens.
+pub(super) fn cut(
+    graph: &Graph,
+    facts: &Facts,
+    sites: &[(&TokenSite, BTreeSet<usize>)],
+) -> Result<(Graph, Vec<TensorCut>, Vec<Cloned>), RefitError> {
+    let mut out = graph.clone();
+    // Which positions stay of each axis that holds tokens: by the last site before it.
+    let mut stays: BTreeMap<(ValueId, usize), Vec<usize>> = BTreeMap::new();
+    let mut needs: BTreeMap<ValueId, BTreeMap<Use, Keeps>> = BTreeMap::new();
+    for (site, kept) in sites {
+        let positions = |list: &[usize]| -> Vec<usize> {
+            (0..list.len()).filter(|i| list[*i] == FIXED || kept.contains(&list[*i])).collect()
+        };
+        stays.extend(site.reach.iter().map(|(at, list)| (*at, positions(list))));
+        for (at, axis, list) in &site.constants {
+            if let Some(v) = graph.node(at.node).input(at.slot) {
+                needs.entry(v).or_default().entry(*at).or_default().insert(*axis, positions(list));
+            }
+        }
+    }
+    let mut patches = Vec::new();
+    for (id, node) in graph.nodes() {
+        let values = || node.inputs().iter().chain(node.outputs()).flatten();
+        if !values().any(|v| stays.range((*v, 0)..=(*v, usize::MAX)).next().is_some()) {
+            continue;
+        }
+        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let look = |v: ValueId, axis: usize| stays.get(&(v, axis)).map(Vec::as_slice);
+        let mut cx = RefitCx { graph: &mut out, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        rule(&mut cx)?;
+        patches.extend(std::mem::take(&mut cx.patches).into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+    }
+    for (at, entries) in patches {
+        shapes::patch(&mut out, facts, at, &entries);
+    }
+    let needs = needs.into_iter().map(|(v, readers)| (v, readers_of(graph, v, readers))).collect();
+    let (cuts, cloned) = constants::cut(&mut out, needs);
+    gather_sites(&mut out, sites);
+    out.sort();
+    Ok((out, cuts, cloned))
+}
+
+/// All readers of a constant: those that need it whole, too.
+fn readers_of(graph: &Graph, v: ValueId, mut needs: BTreeMap<Use, Keeps>) -> Vec<(Use, Keeps)> {
+    let users = graph.value(v).users().iter().filter(|u| u.slot < graph.node(u.node).inputs().len());
+    users.map(|u| (*u, needs.remove(u).unwrap_or_default())).collect()
+}
+
+/// Puts the Gathers in: each picks from what the one before it left.
+fn gather_sites(out: &mut Graph, sites: &[(&TokenSite, BTreeSet<usize>)]) {
+    let mut before: Option<&BTreeSet<usize>> = None;
+    for (site, kept) in sites {
+        let there: Vec<usize> = match before {
+            None => (0..site.count).collect(),
+            Some(b) => b.iter().copied().collect(),
+        };
+        let positions: Vec<usize> = (0..there.len()).filter(|i| kept.contains(&there[*i])).collect();
+        let users = out.value(site.value).users().to_vec();
+        let gathered = shapes::gather(out, site.value, site.axis, &positions);
+        for at in users.into_iter().filter(|u| u.slot < out.node(u.node).inputs().len()) {
+            out.set_input(at, Some(gathered));
+        }
+        before = Some(kept);
+    }
+}

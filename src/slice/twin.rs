@@ -1,0 +1,134 @@
+//! The twin: the model with the plan's removed units zeroed and nothing cut.
+//!
+//! Units are zeroed in the constants that the slice cuts. Tokens get -1e4 on their key logits, and means over tokens count only those
+//! that stay. What the plan edited takes the values of the sliced model, padded with zeros.
+
+use super::tokens::kept_tokens;
+use super::{Sliced, TensorCut};
+use crate::anatomy::{Anatomy, FIXED};
+use crate::graph::build::Builder;
+use crate::graph::{Graph, Tensor, Use};
+use crate::infer::Facts;
+use crate::slice::cutset::Kept;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a key logit of a removed token gets: far below every real logit, and finite in float16.
+pub const MASKED: f32 = -1e4;
+
+/// Builds the twin of `sliced`, which was made from `graph` by keeping `kept`. `edited` names tensors that take their values
+/// from `sliced`.
+pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, sliced: &Sliced, edited: &BTreeSet<String>) -> Graph {
+    let mut out = graph.clone();
+    let mut by_name: BTreeMap<&str, Vec<&TensorCut>> = BTreeMap::new();
+    for cut in &sliced.cuts {
+        by_name.entry(&cut.initializer).or_default().push(cut);
+    }
+    // Constants that tokens alone cut keep their values: the masks speak for them.
+    let token_constants: BTreeSet<_> = token_constants(graph, anatomy, kept);
+    for (name, cuts) in by_name {
+        let Some(v) = graph.find(name) else { continue };
+        let Some(tensor) = graph.constant(v) else { continue };
+        let of_units: Vec<&TensorCut> = cuts.into_iter().filter(|c| !token_constants.contains(&(name.to_string(), c.axis))).collect();
+        let from = edited.contains(name).then(|| sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))).flatten();
+        let zeroed = match from {
+            Some(small) => spread(&tensor, &small, &of_units),
+            None => of_units.iter().fold(tensor, |t, c| zero(&t, c.axis, &c.removed)),
+        };
+        out.set_constant(v, zeroed);
+    }
+    for name in edited {
+        let uncut = !sliced.cuts.iter().any(|c| c.initializer == *name);
+        if let (true, Some(v), Some(t)) = (uncut, graph.find(name), sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))) {
+            out.set_constant(v, t);
+        }
+    }
+    mask_tokens(&mut out, facts, anatomy, kept);
+    out.sort();
+    out
+}
+
+/// The tensor with the positions `removed` of `axis` zeroed.
+pub fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
+    let width = tensor.dtype.bits() / 8;
+    let inner = tensor.dims[axis + 1..].iter().product::<usize>() * width;
+    let outer: usize = tensor.dims[..axis].iter().product();
+    let mut bytes = tensor.bytes.to_vec();
+    for o in 0..outer {
+        for r in removed {
+            let start = (o * tensor.dims[axis] + r) * inner;
+            bytes[start..start + inner].fill(0);
+        }
+    }
+    Tensor { bytes: bytes.into(), ..tensor.clone() }
+}
+
+/// `small` in the shape of `whole`: zeros where positions were removed.
+fn spread(whole: &Tensor, small: &Tensor, cuts: &[&TensorCut]) -> Tensor {
+    let width = whole.dtype.bits() / 8;
+    let kept: Vec<Vec<usize>> = (0..whole.dims.len())
+        .map(|axis| {
+            let gone: BTreeSet<usize> = cuts.iter().filter(|c| c.axis == axis).flat_map(|c| c.removed.iter().copied()).collect();
+            (0..whole.dims[axis]).filter(|i| !gone.contains(i)).collect()
+        })
+        .collect();
+    let mut bytes = vec![0u8; whole.element_count() * width];
+    for (n, chunk) in small.bytes.chunks_exact(width).enumerate() {
+        let mut rest = n;
+        let (mut at, mut stride) = (0, 1);
+        for axis in (0..whole.dims.len()).rev() {
+            let size = kept[axis].len();
+            at += kept[axis][rest % size] * stride;
+            rest /= size;
+            stride *= whole.dims[axis];
+        }
+        bytes[at * width..(at + 1) * width].copy_from_slice(chunk);
+    }
+    Tensor { bytes: bytes.into(), ..whole.clone() }
+}
+
+fn token_constants(graph: &Graph, anatomy: &Anatomy, kept: &Kept) -> BTreeSet<(String, usize)> {
+    let sites = kept_tokens(anatomy, kept);
+    let constants = sites.iter().flat_map(|(site, _)| &site.constants);
+    constants
+        .filter_map(|(at, axis, _)| graph.node(at.node).input(at.slot).map(|v| (graph.value(v).name().to_string(), *axis)))
+        .collect()
+}
+
+/// Masks the keys of removed tokens, and lets means count only what stays.
+fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
+    let mut done = BTreeSet::new();
+    // The last site before a softmax says what stays there.
+    for (site, stays) in kept_tokens(anatomy, kept).iter().rev() {
+        let gone_at = |list: &[usize]| -> Vec<bool> { list.iter().map(|t| *t != FIXED && !stays.contains(t)).collect() };
+        for (id, axis) in site.softmaxes.iter().chain(&site.means) {
+            let Some(input) = out.node(*id).input(0) else { continue };
+            let original = input;
+            let Some(list) = site.reach.get(&(original, *axis)) else { continue };
+            if !done.insert(*id) {
+                continue;
+            }
+            let gone = gone_at(list);
+            let rank = facts.shape(original).map_or(0, <[_]>::len);
+            let dtype = facts.get(original).dtype.unwrap_or(crate::graph::DType::F32);
+            let mut dims = vec![1; rank];
+            dims[*axis] = list.len();
+            let like = Tensor { dims, ..Tensor::new(dtype, vec![], bytes::Bytes::new()) };
+            let is_mean = site.means.contains(&(*id, *axis));
+            let left = gone.iter().filter(|g| !**g).count();
+            let scale = list.len() as f32 / left.max(1) as f32;
+            let values: Vec<f32> = gone
+                .iter()
+                .map(|g| match (is_mean, g) {
+                    (true, true) => 0.0,
+                    (true, false) => scale,
+                    (false, true) => MASKED,
+                    (false, false) => 0.0,
+                })
+                .collect();
+            let mut b = Builder::new(out, "token_mask.");
+            let mask = b.constant(like.with_f32s(&values));
+            let masked = if is_mean { b.mul(original, mask) } else { b.add(original, mask) };
+            out.set_input(Use { node: *id, slot: 0 }, Some(masked));
+        }
+    }
+}
