@@ -9,6 +9,7 @@ pub mod graph;
 pub mod infer;
 pub mod onnx;
 pub mod ops;
+pub mod pipeline;
 pub mod plan;
 pub mod runtime;
 pub mod score;

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::DataError;
 use super::preprocess::{Crop, CropRounding, Preprocess, Rescale, Resize};
-use super::resize::Filter;
+use super::resize::{Filter, Method, Passes};
 
 /// The largest size that a file may ask for.
 const LARGEST_SIZE: u64 = 16_384;
@@ -170,9 +170,10 @@ fn timm(file: &File<'_>, map: &Map<String, Value>, size: ImageSize) -> Result<Pr
     let crop_pct = file.positive(map, "crop_pct", 0.875)?;
     let filter = match present(map, "interpolation") {
         None => Filter::Bicubic,
-        Some(v) => v.as_str().and_then(Filter::from_name).ok_or_else(|| {
-            file.refuse_value("interpolation", Some(v), "nearest, bilinear, bicubic, lanczos, box or hamming")
-        })?,
+        Some(v) => v
+            .as_str()
+            .and_then(Filter::from_name)
+            .ok_or_else(|| file.refuse_value("interpolation", Some(v), "nearest, bilinear, bicubic, lanczos, box or hamming"))?,
     };
     let mean = file.per_channel_or(map, "mean", channels, &IMAGENET_MEAN, false)?;
     let std = file.per_channel_or(map, "std", channels, &IMAGENET_STD, true)?;
@@ -195,13 +196,19 @@ fn timm(file: &File<'_>, map: &Map<String, Value>, size: ImageSize) -> Result<Pr
         Some((_, v)) => return Err(file.refuse_value("crop_mode", Some(v), "center, squash or border")),
     };
     let crop = Some(Crop { height, width, rounding: CropRounding::HalfEven, fill });
-    Ok(Preprocess { resize, filter, crop, rescale: Rescale::By255, mean, std })
+    let method = Method { filter, passes: Passes::Pillow };
+    Ok(Preprocess { resize, method, crop, rescale: Rescale::By255, mean, std })
 }
 
 impl File<'_> {
     /// [`File::per_channel`], or the default where the key is absent; a grey model then needs its own numbers.
     fn per_channel_or(
-        &self, map: &Map<String, Value>, key: &str, channels: usize, default: &[f32], above_zero: bool,
+        &self,
+        map: &Map<String, Value>,
+        key: &str,
+        channels: usize,
+        default: &[f32],
+        above_zero: bool,
     ) -> Result<Vec<f32>, DataError> {
         match present(map, key) {
             Some(value) => self.per_channel(key, value, channels, above_zero),
@@ -274,8 +281,14 @@ const PROCESSORS: [Processor; 13] = [
 
 /// Steps that other processors have and this recipe has not.
 const UNSUPPORTED_FLAGS: [&str; 8] = [
-    "do_pad", "do_flip_channel_order", "do_thumbnail", "do_align_long_axis", "do_image_splitting", "do_grayscale",
-    "rescale_offset", "do_color_quantize",
+    "do_pad",
+    "do_flip_channel_order",
+    "do_thumbnail",
+    "do_align_long_axis",
+    "do_image_splitting",
+    "do_grayscale",
+    "rescale_offset",
+    "do_color_quantize",
 ];
 
 /// Finds the class; `None` where the file names none.
@@ -328,15 +341,14 @@ fn hugging_face(file: &File<'_>, map: &Map<String, Value>, size: ImageSize) -> R
             *list = file.per_channel(key, value, size.channels, key == "image_std")?;
         }
     }
-    let recipe = Preprocess { resize, filter, crop, rescale, mean, std };
+    let method = Method { filter, passes: Passes::HorizontalFirst };
+    let recipe = Preprocess { resize, method, crop, rescale, mean, std };
     check_output(file, &recipe, size)?;
     Ok(recipe)
 }
 
 /// The resize step, and the crop that belongs to it in ConvNext's.
-fn hf_resize(
-    file: &File<'_>, map: &Map<String, Value>, class: Option<&Processor>,
-) -> Result<(Resize, Option<Crop>), DataError> {
+fn hf_resize(file: &File<'_>, map: &Map<String, Value>, class: Option<&Processor>) -> Result<(Resize, Option<Crop>), DataError> {
     let steps = class.map_or(Steps::Common, |c| c.steps);
     let (height, width, shortest) = match (present(map, "size"), class) {
         (None, Some(class)) => (class.size.0, class.size.0, class.size.1),

@@ -351,7 +351,7 @@ fn into_kind(data: ArrayData, kind: ArrayKind) -> ArrayData {
 }
 
 /// The input that takes images: the named one, or the only one that could.
-fn image_input<'a>(options: &'a Options) -> Option<(&'a InputSpec, ImageSize)> {
+fn image_input(options: &Options) -> Option<(&InputSpec, ImageSize)> {
     let mut able = options.inputs.iter().filter(|i| options.image_input.as_ref().is_none_or(|name| *name == i.name));
     let mut able = std::iter::from_fn(|| able.find_map(|i| i.image_size().map(|size| (i, size))));
     match (able.next(), able.next()) {
@@ -448,7 +448,11 @@ fn same_count(path: &Path, key: &str, found: usize, other: &str, expected: usize
 
 /// Checks an array against the model's input and decides what becomes of it.
 fn column(
-    path: &Path, input: &InputSpec, array: Array, options: &Options, image: Option<(&str, ImageSize)>,
+    path: &Path,
+    input: &InputSpec,
+    array: Array,
+    options: &Options,
+    image: Option<(&str, ImageSize)>,
 ) -> Result<Column, DataError> {
     let name = input.name.clone();
     if array.dims.is_empty() || !input.takes(&array.dims[1..]) {

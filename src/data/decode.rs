@@ -6,10 +6,10 @@
 
 use std::io::Cursor;
 
-use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
 use image::{DynamicImage, ImageDecoder, ImageFormat, Limits};
 
+use super::jpeg;
 use super::resize::Pixels;
 
 /// Why an image file cannot be used.
@@ -82,14 +82,14 @@ fn decode_unguarded(bytes: &[u8], channels: usize, max_pixels: u64) -> Result<Pi
             DynamicImage::from_decoder(decoder).map_err(damaged)?
         }
         Ok(ImageFormat::Jpeg) => {
-            let mut decoder = JpegDecoder::new(Cursor::new(bytes)).map_err(damaged)?;
-            check_size(&decoder, max_pixels)?;
-            // The decoder fills what is missing with grey; such an image would train the network on nonsense.
-            if !jpeg_is_complete(bytes) {
-                return Err(ImageFault::Truncated);
+            let pixels = jpeg::decode(bytes, max_pixels)?;
+            let broken = || ImageFault::Damaged { cause: "no pixels".into() };
+            let (width, height) = (pixels.width as u32, pixels.height as u32);
+            match pixels.channels {
+                1 => image::GrayImage::from_raw(width, height, pixels.bytes).map(DynamicImage::ImageLuma8),
+                _ => image::RgbImage::from_raw(width, height, pixels.bytes).map(DynamicImage::ImageRgb8),
             }
-            decoder.set_limits(limits).map_err(damaged)?;
-            DynamicImage::from_decoder(decoder).map_err(damaged)?
+            .ok_or_else(broken)?
         }
         _ => return Err(ImageFault::Format),
     };
@@ -97,6 +97,9 @@ fn decode_unguarded(bytes: &[u8], channels: usize, max_pixels: u64) -> Result<Pi
 }
 
 fn damaged(error: image::ImageError) -> ImageFault {
+    if matches!(&error, image::ImageError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof) {
+        return ImageFault::Truncated;
+    }
     ImageFault::Damaged { cause: error.to_string() }
 }
 
@@ -110,26 +113,6 @@ fn check_size(decoder: &impl ImageDecoder, max_pixels: u64) -> Result<(), ImageF
         return Err(ImageFault::TooLarge { width, height, limit_mpx: max_pixels / 1_000_000 });
     }
     Ok(())
-}
-
-/// Whether the segments and scans of a JPEG run up to an end-of-image marker.
-fn jpeg_is_complete(bytes: &[u8]) -> bool {
-    let mut at = 2;
-    while let (Some(&a), Some(&b)) = (bytes.get(at), bytes.get(at + 1)) {
-        match (a, b) {
-            (0xff, 0xd9) => return true,
-            // Escaped bytes and restart markers carry no length; a fill byte may stand before any marker.
-            (0xff, 0x00 | 0x01 | 0xd0..=0xd8) => at += 2,
-            (0xff, 0xff) => at += 1,
-            (0xff, _) => {
-                let Some(length) = bytes.get(at + 2..at + 4) else { return false };
-                at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])).max(2);
-            }
-            // Inside a scan, or stray bytes between segments: both go on to the next marker.
-            _ => at += 1,
-        }
-    }
-    false
 }
 
 /// Red, green, blue, alpha dropped. 16-bit colour keeps its high byte, as Pillow reads such files.

@@ -30,7 +30,8 @@ pub(crate) fn list(root: &Path) -> Result<Listing, DataError> {
     let mut warnings = Vec::new();
     let mut above = vec![canonical(root)?];
     let entries = entries(root).map_err(|source| DataError::Read { path: root.to_path_buf(), source })?;
-    let loose: Vec<PathBuf> = entries.iter().filter(|(path, is_dir)| !is_dir && is_image_name(path)).map(|e| e.0.clone()).collect();
+    let loose: Vec<PathBuf> =
+        entries.iter().filter(|(path, is_dir)| !is_dir && is_image_name(path)).map(|e| e.0.clone()).collect();
     let folders: Vec<&PathBuf> = entries.iter().filter(|(_, is_dir)| *is_dir).map(|e| &e.0).collect();
     let mut classes = BTreeMap::new();
     for folder in &folders {

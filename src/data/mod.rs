@@ -29,6 +29,7 @@ mod config;
 mod dataset;
 pub mod decode;
 mod folder;
+mod jpeg;
 mod npy;
 mod npz;
 pub mod preprocess;
@@ -42,7 +43,7 @@ pub use dataset::{Dataset, InputSpec, Limits, Options};
 pub use decode::{ImageFault, decode};
 pub use npy::NpyFault;
 pub use preprocess::Preprocess;
-pub use resize::{Filter, Pixels};
+pub use resize::{Filter, Method, Passes, Pixels};
 
 /// Something about the data that a user should know, though it can be used.
 #[derive(Debug, Clone, PartialEq, Eq)]

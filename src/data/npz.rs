@@ -68,7 +68,8 @@ impl<'a> Npz<'a> {
         let Some(index) = self.keys.iter().position(|k| k == key) else { return Ok(None) };
         let path = self.path;
         let refuse = |fault| DataError::Npy { path: path.to_path_buf(), key: key.to_string(), fault };
-        let zip = |e: zip::result::ZipError| DataError::ZipEntry { path: path.to_path_buf(), key: key.into(), cause: e.to_string() };
+        let zip =
+            |e: zip::result::ZipError| DataError::ZipEntry { path: path.to_path_buf(), key: key.into(), cause: e.to_string() };
         let raw = self.archive.by_index_raw(index).map_err(zip)?;
         let encrypted = raw.encrypted();
         let capacity = raw.compressed_size().min(self.length).saturating_mul(LARGEST_EXPANSION);
@@ -100,7 +101,9 @@ fn foreign_format(start: &[u8]) -> Option<&'static str> {
     match start {
         [] => Some("file is empty"),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => None,
-        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Some("this is a single .npy array; save it with np.savez under the input's name"),
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => {
+            Some("this is a single .npy array; save it with np.savez under the input's name")
+        }
         s if s.starts_with(b"version https://") => Some("this is a Git LFS pointer, not the data; run git lfs pull"),
         [0xff, 0xd8, ..] | [0x89, b'P', b'N', b'G', ..] => Some("this is one image; give the folder that holds it"),
         _ => Some("not a zip archive"),
@@ -111,4 +114,3 @@ fn foreign_format(start: &[u8]) -> Option<&'static str> {
 pub(crate) fn missing_key(path: &Path, keys: &[String], input: &str) -> DataError {
     DataError::MissingKey { path: path.to_path_buf(), keys: keys.join(","), input: input.to_string() }
 }
-

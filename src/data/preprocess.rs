@@ -6,7 +6,7 @@
 //!
 //! Source: `create_transform` of timm 1.0 and the image processors of transformers 5, compared in `tests/data.rs`.
 
-use super::resize::{Filter, Pixels, resize};
+use super::resize::{Filter, Method, Passes, Pixels, resize};
 
 /// How an image is brought to size.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +69,7 @@ pub struct Preprocess {
     /// How the image is brought to size.
     pub resize: Resize,
     /// How pixels are interpolated while resizing.
-    pub filter: Filter,
+    pub method: Method,
     /// What is cut out of the resized image.
     pub crop: Option<Crop>,
     /// What a byte is multiplied by.
@@ -108,7 +108,14 @@ impl Preprocess {
     pub fn plain(height: usize, width: usize, mean: Vec<f32>, std: Vec<f32>) -> Preprocess {
         let resize = if height == width { Resize::ShortestEdge { edge: height } } else { Resize::Cover { height, width } };
         let crop = Some(Crop { height, width, rounding: CropRounding::HalfEven, fill: [0; 3] });
-        Preprocess { resize, filter: Filter::Bicubic, crop, rescale: Rescale::By255, mean, std }
+        Preprocess {
+            resize,
+            method: Method { filter: Filter::Bicubic, passes: Passes::Pillow },
+            crop,
+            rescale: Rescale::By255,
+            mean,
+            std,
+        }
     }
 
     /// The size of what comes out, `(height, width)`; `None` where it depends on the image.
@@ -124,12 +131,12 @@ impl Preprocess {
     pub fn apply(&self, image: &Pixels) -> Pixels {
         let (height, width) = self.resized(image.height, image.width);
         let Some(crop) = &self.crop else {
-            return resize(image, height, width, 0..height, 0..width, self.filter);
+            return resize(image, height, width, 0..height, 0..width, self.method);
         };
         let (top, left) = (offset(height, crop.height, crop.rounding), offset(width, crop.width, crop.rounding));
         let rows = top.inside..(top.inside + crop.height).min(height);
         let columns = left.inside..(left.inside + crop.width).min(width);
-        let part = resize(image, height, width, rows, columns, self.filter);
+        let part = resize(image, height, width, rows, columns, self.method);
         if (part.height, part.width) == (crop.height, crop.width) {
             return part;
         }

@@ -340,6 +340,9 @@ pub(super) mod one_node {
     use crate::slice::refit::RefitCx;
     use bytes::Bytes;
 
+    /// Entries of the integers at an input slot that change.
+    pub(crate) type Patch = (usize, Vec<(usize, i64)>);
+
     /// A dimension: a number, or a name.
     pub(crate) fn shape(text: &str) -> Vec<DeclaredDim> {
         let dim = |d: &str| d.parse().map_or_else(|_| DeclaredDim::Symbol(d.to_string()), DeclaredDim::Size);
@@ -423,15 +426,16 @@ pub(super) mod one_node {
         }
     }
 
-    /// Runs the node's `refit` rule with the positions that stay of some axes of inputs.
-    pub(crate) fn refit(g: &mut Graph, kept: &[(usize, usize, Vec<usize>)]) -> Result<(), String> {
+    /// Runs the node's `refit` rule with the positions that stay of some axes of inputs; returns the patches that it asked for.
+    pub(crate) fn refit(g: &mut Graph, kept: &[(usize, usize, Vec<usize>)]) -> Result<Vec<Patch>, String> {
         let f: Facts = facts(g).map_err(|e| e.what)?;
         let id: NodeId = g.order()[0];
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
-        let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(()) };
+        let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let mut cx = RefitCx { graph: g, id, facts: &f, kept: &find, patches: Vec::new() };
-        rule(&mut cx).map_err(|e| e.what)
+        rule(&mut cx).map_err(|e| e.what)?;
+        Ok(cx.patches)
     }
 
     /// Integer attributes.

@@ -5,14 +5,17 @@
 //! reason. An operator without a record is a barrier on every axis; nothing is treated as elementwise by default.
 
 pub mod attention;
+pub mod control;
 pub mod conv;
 pub mod einsum;
 pub mod elementwise;
+pub mod layout;
 pub mod matmul;
 pub mod norm;
+pub mod pool;
+#[cfg(test)]
+pub(crate) mod probe;
 pub mod reduce;
-pub mod control;
-pub mod layout;
 pub mod reshape;
 pub mod select;
 pub mod shape;
@@ -100,18 +103,20 @@ static FAMILIES: &[&[OpRule]] = &[
     elementwise::logic::RULES,
     norm::RULES,
     reduce::RULES,
-    control::RULES,
-    layout::RULES,
+    softmax::RULES,
+    matmul::RULES,
+    einsum::RULES,
+    conv::RULES,
+    pool::RULES,
+    attention::RULES,
     reshape::RULES,
+    layout::RULES,
     select::gather::RULES,
     select::join::RULES,
     select::scatter::RULES,
     select::slice::RULES,
     shape::RULES,
-    softmax::RULES,
-    matmul::RULES,
-    einsum::RULES,
-    conv::RULES,
+    control::RULES,
 ];
 
 /// All records.

@@ -1,0 +1,145 @@
+//! The whole tool: one short function per command. Only this file calls stages; each stage knows no other stage's functions.
+
+use crate::anatomy::{self, Anatomy, Kind};
+use crate::axes;
+use crate::cost::{self, Cost, Sizes};
+use crate::graph::Graph;
+use crate::infer::{self, Facts, InferError};
+use crate::onnx::{self, Loaded};
+use crate::plan::{self, Ask, BeforeAfter, Budget, ChooseError, KeptUnits, Limits, Plan, PlanFileError, Promised};
+use crate::score::Scores;
+use crate::slice::{self, SliceError, Sliced};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// A model that was read and understood.
+pub struct Model {
+    /// Where it came from.
+    pub path: PathBuf,
+    /// Its graph, warnings and files.
+    pub loaded: Loaded,
+    /// Shapes and small contents.
+    pub facts: Facts,
+    /// What can be cut.
+    pub anatomy: Anatomy,
+    /// Sizes given for symbols.
+    pub sizes: Sizes,
+}
+
+/// What can go wrong in a command.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The file, or the model in it.
+    #[error(transparent)]
+    Onnx(#[from] onnx::Error),
+    /// The model contradicts itself.
+    #[error("{file}: {cause}")]
+    Infer {
+        /// The file.
+        file: PathBuf,
+        /// The cause.
+        cause: InferError,
+    },
+    /// No plan could be made.
+    #[error("{file}: {cause}")]
+    Choose {
+        /// The model.
+        file: PathBuf,
+        /// The cause.
+        cause: ChooseError,
+    },
+    /// The plan file.
+    #[error(transparent)]
+    PlanFile(#[from] PlanFileError),
+    /// The plan cannot be applied.
+    #[error("{file}: {cause}")]
+    Slice {
+        /// The model.
+        file: PathBuf,
+        /// The cause.
+        cause: SliceError,
+    },
+}
+
+/// Reads a model and finds what can be cut.
+pub fn load(path: &Path, sizes: &Sizes) -> Result<Model, Error> {
+    let loaded = onnx::read(path)?;
+    let (facts, anatomy) = analyse(&loaded.graph).map_err(|cause| Error::Infer { file: path.to_path_buf(), cause })?;
+    Ok(Model { path: path.to_path_buf(), loaded, facts, anatomy, sizes: sizes.clone() })
+}
+
+/// Facts and anatomy of a graph.
+pub fn analyse(graph: &Graph) -> Result<(Facts, Anatomy), InferError> {
+    let facts = infer::facts(graph)?;
+    let classes = axes::classes(graph, &facts);
+    let anatomy = anatomy::name(graph, &facts, classes);
+    Ok((facts, anatomy))
+}
+
+impl Model {
+    /// Its graph.
+    pub fn graph(&self) -> &Graph {
+        &self.loaded.graph
+    }
+
+    /// SHA-256 of the file, in hexadecimal.
+    pub fn sha256(&self) -> Result<String, Error> {
+        Ok(onnx::sha256_of_file(&self.path)?)
+    }
+
+    /// What it costs.
+    pub fn cost(&self) -> Cost {
+        cost::count(self.graph(), &self.facts, &self.sizes)
+    }
+}
+
+/// Scores + what is asked -> Plan, with the promised cost counted on the sliced graph.
+pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, round: usize, protected: BTreeSet<String>) -> Result<Plan, Error> {
+    let file = || model.path.clone();
+    let pinned = model.anatomy.tokens.iter().filter_map(|site| {
+        let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
+        Some((group.id.clone(), site.pinned.iter().copied().collect()))
+    });
+    let limits = Limits { round, protected, pinned: pinned.collect() };
+    let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
+    let kept = plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
+    let mut plan = Plan::empty(&model.sha256()?);
+    for (id, kept) in &kept {
+        let of = model.anatomy.groups.iter().find(|g| g.id == *id).map_or(0, anatomy::Group::units);
+        plan.groups.insert(id.clone(), KeptUnits { kept: kept.clone(), of });
+    }
+    let hollow = model.graph().hollow();
+    let sliced = slice::apply(&hollow, &model.facts, &model.anatomy, &kept, &analyse)
+        .map_err(|cause| Error::Slice { file: file(), cause })?;
+    plan.budget = Budget { asked: asked.to_string(), promised: before_after(model, &sliced)? };
+    Ok(plan)
+}
+
+/// Params and MACs of a model and of what was sliced from it.
+pub fn before_after(model: &Model, sliced: &Sliced) -> Result<Promised, Error> {
+    let before = model.cost();
+    let facts = infer::facts(&sliced.graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
+    let after = cost::count(&sliced.graph, &facts, &model.sizes);
+    Ok(Promised {
+        params: BeforeAfter { before: before.params, after: after.params },
+        macs: before.macs.zip(after.macs).map(|(before, after)| BeforeAfter { before, after }),
+    })
+}
+
+/// Model + plan -> the sliced graph.
+pub fn apply_plan(model: &Model, plan_path: &Path, plan: &Plan) -> Result<Sliced, Error> {
+    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
+    slice::apply(model.graph(), &model.facts, &model.anatomy, &plan.kept(), &analyse)
+        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })
+}
+
+/// Model + plan -> the twin: nothing cut, removed units zeroed. `from` is the sliced model that holds edited tensors.
+pub fn make_twin(model: &Model, plan_path: &Path, plan: &Plan, from: Option<&Graph>) -> Result<Graph, Error> {
+    let mut sliced = apply_plan(model, plan_path, plan)?;
+    let edited = plan.edited.iter().map(|e| e.initializer.clone()).collect();
+    if let Some(graph) = from {
+        sliced.graph = graph.clone();
+    }
+    Ok(slice::twin::build(model.graph(), &model.facts, &model.anatomy, &plan.kept(), &sliced, &edited))
+}
