@@ -3,6 +3,7 @@
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
+pub mod cli;
 pub mod cost;
 pub mod data;
 pub mod eval;

@@ -121,10 +121,10 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
 }
 
 impl Collected {
-    /// The carrier behind a slot of a node.
+    /// The carrier behind a slot of a node; none of a node that was added since.
     pub(super) fn carrier(&self, graph: &Graph, node: NodeId, slot: Slot) -> Option<CarrierId> {
         match slot {
-            Slot::In(i) => self.inputs[node].get(i).copied().flatten(),
+            Slot::In(i) => self.inputs.get(node)?.get(i).copied().flatten(),
             Slot::Out(o) => graph.node(node).output(o).map(Id::index),
             Slot::Virtual(v) => Some(self.virtuals[node] + v),
         }

@@ -28,5 +28,5 @@ mod write;
 
 pub use error::{Cause, Error, shown};
 pub use read::{Limits, Loaded, read, read_bytes, read_with};
-pub use save::{Overwrite, check_output, data_path, save, sha256_of_file};
+pub use save::{Overwrite, check_output, data_path, save, sha256_of_file, write_file};
 pub use write::to_bytes;

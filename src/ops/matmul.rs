@@ -92,8 +92,8 @@ fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
     let batch = out.len() - rows - columns;
     for (slot, shape) in [(0, a), (1, b)] {
         let own = shape.len().saturating_sub(2);
-        for axis in 0..own {
-            relate_broadcast(&mut relations, ((Slot::In(slot), axis), &shape[axis]), batch - own + axis, out);
+        for (axis, size) in shape.iter().enumerate().take(own) {
+            relate_broadcast(&mut relations, ((Slot::In(slot), axis), size), batch - own + axis, out);
         }
     }
     if rows == 1 {
@@ -306,19 +306,13 @@ fn gemm_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let alpha = cx.node().attr_float("alpha").unwrap_or(1.0);
     let beta = cx.node().attr_float("beta").unwrap_or(1.0);
     if cx.wants(0) {
-        let da = if trans_a {
-            product(cx, (b, trans_b), (dy, true), alpha)
-        } else {
-            product(cx, (dy, false), (b, !trans_b), alpha)
-        };
+        let da =
+            if trans_a { product(cx, (b, trans_b), (dy, true), alpha) } else { product(cx, (dy, false), (b, !trans_b), alpha) };
         cx.give(0, da);
     }
     if cx.wants(1) {
-        let db = if trans_b {
-            product(cx, (dy, true), (a, trans_a), alpha)
-        } else {
-            product(cx, (a, !trans_a), (dy, false), alpha)
-        };
+        let db =
+            if trans_b { product(cx, (dy, true), (a, trans_a), alpha) } else { product(cx, (a, !trans_a), (dy, false), alpha) };
         cx.give(1, db);
     }
     if cx.wants(2) {

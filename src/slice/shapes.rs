@@ -15,9 +15,9 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
     for id in graph.order().to_vec() {
         let node = graph.node(id).clone();
         let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
-        let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(facts, &tainted, size, v))).collect();
+        let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(graph, facts, &tainted, size, v))).collect();
         let reads_shape = matches!(rule.axes, ops::Axes::ShapeOnly);
-        let reads_tainted = node.inputs().iter().flatten().any(|v| tainted[*v].is_some());
+        let reads_tainted = node.inputs().iter().flatten().any(|v| tainted.get(*v).is_some_and(Option::is_some));
         if !reads_shape && !reads_tainted {
             continue;
         }
@@ -50,13 +50,17 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
 
 /// The fact of a value after the cut, content included where it is shape arithmetic.
 fn after(
+    graph: &Graph,
     facts: &Facts,
     tainted: &SideMap<ValueId, Option<Fact>>,
     size: &dyn Fn(ValueId, usize) -> Option<usize>,
     v: ValueId,
 ) -> Fact {
-    if let Some(fact) = &tainted[v] {
-        return fact.clone();
+    match tainted.get(v) {
+        // A number that was frozen a moment ago.
+        None => return graph.constant(v).map_or_else(Fact::default, |t| Fact::of_tensor(&t)),
+        Some(Some(fact)) => return fact.clone(),
+        Some(None) => {}
     }
     let mut fact = facts.get(v).clone();
     if let Some(shape) = &mut fact.shape {
@@ -72,7 +76,7 @@ fn after(
 /// Gives a node that reads a changed shape vector the original's numbers: `Where(is number, number, vector)`.
 fn restore_source(graph: &mut Graph, facts: &Facts, id: NodeId, tainted: &SideMap<ValueId, Option<Fact>>) {
     for slot in 0..graph.node(id).inputs().len() {
-        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.len() > crate::graph::Id::index(*v) && tainted[*v].is_some())
+        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some))
         else {
             continue;
         };
