@@ -239,7 +239,7 @@ impl Walker<'_> {
                 self.equal(site, id, *b, *a, tags)
             }
             Link::Sum(a) if tags.contains_key(a) => Err(format!("{} sums over tokens", self.graph.label(id))),
-            Link::Sum(_) => Ok(()),
+            Link::Sum(_) | Link::Unread(_) => Ok(()),
             Link::Regroup(a, b) => self.regroup(site, id, a, b, tags),
             Link::Select { from, to, index, at } => self.select(site, id, *from, *to, index, *at, tags),
             Link::Barrier(a, reason) if tags.contains_key(a) => self.barrier(site, id, *a, reason),

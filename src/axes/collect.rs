@@ -243,6 +243,7 @@ impl Collected {
                     self.relations.push((id, Relation::Select { from, to, index, at: offset }));
                 }
             }
+            Link::Unread(a) => touched.extend(at(a)),
             Link::Barrier(a, reason) => {
                 if let Some(x) = at(a) {
                     touched.insert(x);

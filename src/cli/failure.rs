@@ -1,5 +1,6 @@
 //! How a command fails: one line on stderr, an exit code, and one JSON object where it was asked for.
 
+use crate::onnx::shown_to;
 use crate::pipeline;
 use std::process::ExitCode;
 
@@ -25,7 +26,7 @@ impl Failure {
 
     /// Says what went wrong, and gives the exit code.
     pub(super) fn report(self, json: bool) -> ExitCode {
-        let line = one_line(&self.message);
+        let line = shown_to(&self.message, 298);
         eprintln!("error: {line}");
         if json {
             let error = serde_json::json!({ "code": self.code, "file": self.file, "message": line });
@@ -33,15 +34,6 @@ impl Failure {
         }
         ExitCode::from(self.exit)
     }
-}
-
-/// Control characters shown, length bounded.
-fn one_line(text: &str) -> String {
-    let mut out: String = crate::onnx::shown(text);
-    if out.chars().count() > 300 {
-        out = out.chars().take(297).collect::<String>() + "...";
-    }
-    out
 }
 
 impl From<pipeline::Error> for Failure {

@@ -58,7 +58,7 @@ pub fn shown(name: &str) -> String {
 }
 
 /// A name as messages show it, cut to `len` characters.
-pub(super) fn shown_to(name: &str, len: usize) -> String {
+pub fn shown_to(name: &str, len: usize) -> String {
     let mut out: String = name.chars().take(len).map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect();
     if name.chars().nth(len).is_some() {
         out.push_str("..");

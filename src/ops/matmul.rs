@@ -403,6 +403,7 @@ pub(super) mod one_node {
                 let (first, last) = (index.first().copied().unwrap_or(0), index.last().copied().unwrap_or(0));
                 format!("{}[{first}..={last}]>{}@{start}", at(from), at(to))
             }
+            Link::Unread(a) => format!("?{}", at(a)),
             Link::Barrier(a, _) => format!("!{}", at(a)),
         };
         relations(g).links.iter().map(text).collect()
@@ -427,7 +428,8 @@ pub(super) mod one_node {
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
         let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
-        let mut cx = RefitCx { graph: g, id, facts: &f, kept: &find, patches: Vec::new() };
+        let original = g.clone();
+        let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
         rule(&mut cx).map_err(|e| e.what)?;
         Ok(cx.patches)
     }

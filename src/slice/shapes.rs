@@ -141,7 +141,7 @@ pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize
         }
         return;
     }
-    let len = facts_len(graph, facts, v, at, entries);
+    let len = length(graph, facts, v).unwrap_or_else(|| entries.iter().map(|(i, _)| i + 1).max().unwrap_or(0));
     match graph.value(v).producer().map(|(n, _)| (n, graph.node(n).clone())) {
         Some((concat, node)) if node.op() == "Concat" => {
             let target = if alone { concat } else { copy_node(graph, concat, at) };
@@ -154,11 +154,12 @@ pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize
     }
 }
 
-fn facts_len(graph: &Graph, facts: &Facts, v: ValueId, at: Use, entries: &[(usize, i64)]) -> usize {
-    let known = (crate::graph::Id::index(v) < facts.len()).then(|| facts.get(v)).and_then(|f| f.shape.as_ref());
-    let len = known.and_then(|s| s.first()).and_then(Dim::size);
-    let _ = (graph, at);
-    len.unwrap_or_else(|| entries.iter().map(|(i, _)| i + 1).max().unwrap_or(0))
+/// Length of an integer vector; of one that was put in a moment ago, too.
+fn length(graph: &Graph, facts: &Facts, v: ValueId) -> Option<usize> {
+    match graph.constant(v) {
+        Some(t) => t.dims.first().copied(),
+        None => facts.shape(v)?.first()?.size(),
+    }
 }
 
 /// A copy of a node for one reader of its first output.
@@ -184,7 +185,7 @@ fn patch_pieces(graph: &mut Graph, facts: &Facts, concat: NodeId, entries: &[(us
     let mut start = 0;
     for slot in 0..graph.node(concat).inputs().len() {
         let Some(piece) = graph.node(concat).input(slot) else { continue };
-        let len = facts.get(piece).shape.as_ref().and_then(|s| s.first()).and_then(Dim::size).unwrap_or(1);
+        let len = length(graph, facts, piece).unwrap_or(1);
         let inside: Vec<(usize, i64)> =
             entries.iter().filter(|(i, _)| (start..start + len).contains(i)).map(|(i, n)| (i - start, *n)).collect();
         if inside.len() == len && graph.constant(piece).is_none() {
