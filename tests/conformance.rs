@@ -59,7 +59,9 @@ fn every_operator_has_a_fixture_for_each_of_its_rules() {
     };
     let (infer, grad) = (with("infer"), with("grad"));
     let mut missing = Vec::new();
-    for rule in ops::all() {
+    // Their bodies are graphs, which a fixture cannot hold, and nothing is inferred of them.
+    let with_bodies = ["If", "Loop", "Scan"];
+    for rule in ops::all().filter(|r| !with_bodies.contains(&r.name)) {
         let key = (rule.domain.to_string(), rule.name.to_string());
         if !infer.contains(&key) {
             missing.push(format!("{}: infer", rule.name));

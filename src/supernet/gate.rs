@@ -110,7 +110,12 @@ impl Gates {
 type Factors = Vec<(ValueId, Vec<usize>, Vec<Option<u32>>)>;
 
 /// Multiplies every site's operand with its gates; equal operands with equal gates share one product.
-pub(super) fn insert(graph: &mut Graph, facts: &Facts, groups: &[GateGroup], gates: &Gates) -> Result<(), SupernetError> {
+pub(super) fn insert(
+    graph: &mut Graph,
+    model: (&Graph, &Facts),
+    groups: &[GateGroup],
+    gates: &Gates,
+) -> Result<(), SupernetError> {
     let mut by_use: BTreeMap<Use, Vec<(&GateGroup, &GateSite)>> = BTreeMap::new();
     for group in groups {
         for site in &group.sites {
@@ -127,7 +132,7 @@ pub(super) fn insert(graph: &mut Graph, facts: &Facts, groups: &[GateGroup], gat
         let gated = match done.get(&key) {
             Some(value) => *value,
             None => {
-                let value = gate_operand(graph, facts, gates, operand, &sites)
+                let value = gate_operand(graph, model, gates, operand, &sites)
                     .map_err(|(group, reason)| site_error(graph, group, at, reason))?;
                 done.insert(key, value);
                 value
@@ -144,17 +149,19 @@ fn site_error(graph: &Graph, group: &GateGroup, at: Use, reason: String) -> Supe
 
 fn gate_operand<'a>(
     graph: &mut Graph,
-    facts: &Facts,
+    model: (&Graph, &Facts),
     gates: &Gates,
     operand: ValueId,
     sites: &[(&'a GateGroup, &GateSite)],
 ) -> Result<ValueId, (&'a GateGroup, String)> {
+    let (model, facts) = model;
     let dtype = facts.get(operand).dtype.unwrap_or(DType::F32);
     let mut whole: Option<ValueId> = None;
     let mut operand_now = operand;
     for (group, site) in sites {
         let shape = facts.shape(operand).ok_or((*group, "the operand's rank is unknown".to_string()))?;
-        let place = Place { shape, axes: &site.axes, index: &site.index, units: group.units, batch: gates.batch_of_gates() };
+        let (axes, index, batch) = (&site.axes, &site.index, gates.batch_of_gates());
+        let place = Place { model, facts, operand, shape, axes, index, units: group.units, batch };
         let mut b = Builder::new(graph, "gate.");
         let spread = place.spread(&mut b, gates.of(&group.id), Fill::One).map_err(|reason| (*group, reason))?;
         let factor = if dtype == DType::F32 { spread.value } else { b.cast(spread.value, dtype) };

@@ -6,6 +6,7 @@
 //! ([`params`]), then loss, gradients and update from `autodiff`.
 //! Invariant: with all gates 1 the original outputs are the original's (contract C1); names of original inputs and outputs stay.
 
+mod batch;
 pub mod decompose;
 mod decompose_attention;
 mod from_anatomy;
@@ -153,12 +154,13 @@ pub fn build(
     if options.per_sample && options.optimizer.is_some() {
         return Err(SupernetError::Exclusive("per-sample gates", "an optimizer in the graph"));
     }
+    let model = (graph, facts);
     let mut graph = graph.clone();
     let mut inputs: Vec<(ValueId, Role)> = graph.inputs().iter().map(|v| (*v, Role::Input)).collect();
     let (candidates, frozen) = params::choose(&mut graph, facts, options.train);
     let gates = Gates::new(&mut graph, facts, groups, tokens, options)?;
-    gate::insert(&mut graph, facts, groups, &gates)?;
-    token::insert(&mut graph, facts, tokens, &gates)?;
+    gate::insert(&mut graph, model, groups, &gates)?;
+    token::insert(&mut graph, model, tokens, &gates)?;
     rewrite::run(&mut graph);
     graph.sort();
     let facts = infer::facts(&graph)?;

@@ -2,11 +2,12 @@
 //!
 //! Examples: [768] on axis 2 of [B, N, 768] stays as it is; [192] on axes [1, 3] of [B, 3, N, 64] becomes [3, 1, 64]; a gate of
 //! 3 heads on axis 2 of [B, N, 192] is first multiplied by a constant 0/1 matrix [3, 192].
-//! With a batch, [B, 768] becomes [B, 1, 768]; windows [B*nW, ..] repeat each sample's gate nW times.
+//! With a batch, [B, 768] becomes [B, 1, 768]; windows [B*nW, ..] repeat each sample's gate nW times. A batch of 1 is no batch.
 
+use super::batch::{self, Order};
 use crate::graph::build::Builder;
-use crate::graph::{Tensor, ValueId};
-use crate::infer::Dim;
+use crate::graph::{Graph, Tensor, ValueId};
+use crate::infer::{Dim, Facts};
 
 /// What stands at positions without a unit: what changes nothing.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -19,6 +20,11 @@ pub(super) enum Fill {
 
 /// Where a gate goes on an operand.
 pub(super) struct Place<'a> {
+    /// The model without gates, and its facts.
+    pub(super) model: &'a Graph,
+    pub(super) facts: &'a Facts,
+    pub(super) operand: ValueId,
+    /// The operand's shape.
     pub(super) shape: &'a [Dim],
     pub(super) axes: &'a [usize],
     pub(super) index: &'a [Option<u32>],
@@ -59,15 +65,11 @@ impl Place<'_> {
         }
         let mut value = self.expand(b, gate, fill);
         let mut first = axes[0];
-        if let Some(batch) = self.batch {
-            let (axis, repeat) = batch_axis(&shape, &axes, batch)?;
+        if let Some(batch) = self.batch.filter(|b| !b.is(1)) {
+            let (axis, order) = self.batch_axis(split_axis, &axes, batch)?;
             target[axis] = -1;
             first = first.min(axis);
-            if repeat > 1 {
-                value = b.reshape(value, &[-1, 1, self.index.len() as i64]);
-                let times = b.ints(&[1, repeat, 1]);
-                value = b.op("Expand", &[value, times], vec![]);
-            }
+            value = self.repeat(b, value, axis, order);
         }
         let target = &target[first..];
         let flat = self.batch.is_none() && self.is_identity() && target.len() == 1;
@@ -131,15 +133,37 @@ impl Place<'_> {
         let free = b.constant(Tensor::f32(&[columns], &free));
         b.add(spread, free)
     }
-}
 
-/// The axis that holds the batch, and how often each sample stands there: its size is batch x repeat, samples outermost.
-fn batch_axis(shape: &[Dim], gated: &[usize], batch: &Dim) -> Result<(usize, i64), String> {
-    let free = || shape.iter().enumerate().filter(|(axis, _)| !gated.contains(axis));
-    if let Some((axis, _)) = free().find(|(_, dim)| *dim == batch) {
-        return Ok((axis, 1));
+    /// The axis of the (split) operand that holds the batch. A split axis holds it in front of the gate's positions.
+    fn batch_axis(&self, split: Option<usize>, gated: &[usize], batch: &Dim) -> Result<(usize, Order), String> {
+        if let Some(axis) = split
+            && self.shape[axis].exact_div(batch).and_then(|d| d.known()) == Some(self.sizes()?.0[0])
+        {
+            return Ok((axis, Order::Alone));
+        }
+        let unsplit = |axis: usize| axis + usize::from(split.is_some_and(|s| axis > s));
+        let is_gated = |axis: usize| split == Some(axis) || gated.contains(&unsplit(axis));
+        batch::find(self.model, self.facts, self.operand, batch, &is_gated).map(|(axis, order)| (unsplit(axis), order))
     }
-    let repeated = |(axis, dim): (usize, &Dim)| dim.exact_div(batch)?.known().map(|k| (axis, k));
-    let found = if batch.is(1) { None } else { free().find_map(repeated) };
-    found.ok_or_else(|| format!("no axis of {shape:?} holds the batch {batch}"))
+
+    /// A gate [B, n] as often as each sample stands on the operand's axis: [B * k, n], or [k * B, n].
+    fn repeat(&self, b: &mut Builder<'_>, gate: ValueId, axis: usize, order: Order) -> ValueId {
+        let positions = self.index.len() as i64;
+        let (shape, times) = match order {
+            Order::Alone => return gate,
+            Order::Outermost => ([-1, 1, positions], [false, true]),
+            Order::Innermost => ([1, -1, positions], [true, false]),
+        };
+        let size = |b: &mut Builder<'_>, v: ValueId, axis: usize| {
+            let sizes = b.shape_of(v);
+            b.slice(sizes, &[axis as i64], &[axis as i64 + 1], &[0])
+        };
+        let (all, samples) = (size(b, self.operand, axis), size(b, gate, 0));
+        let count = b.div(all, samples);
+        let one = b.ints(&[1]);
+        let parts = [if times[0] { count } else { one }, if times[1] { count } else { one }, one];
+        let target = b.concat(&parts, 0);
+        let gate = b.reshape(gate, &shape);
+        b.op("Expand", &[gate, target], vec![])
+    }
 }

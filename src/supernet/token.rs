@@ -52,7 +52,12 @@ const LOG_FLOOR: f32 = 1e-6;
 const HARD_ZERO: f32 = -1e4;
 
 /// Adds all token gates to their sites. Several gates of one site are combined first, since they are small.
-pub(super) fn insert(graph: &mut Graph, facts: &Facts, tokens: &[TokenGate], gates: &Gates) -> Result<(), SupernetError> {
+pub(super) fn insert(
+    graph: &mut Graph,
+    model: (&Graph, &Facts),
+    tokens: &[TokenGate],
+    gates: &Gates,
+) -> Result<(), SupernetError> {
     let mut logits: BTreeMap<Use, ValueId> = BTreeMap::new();
     let mut means: BTreeMap<NodeId, Vec<(ValueId, usize)>> = BTreeMap::new();
     for token in tokens {
@@ -62,13 +67,13 @@ pub(super) fn insert(graph: &mut Graph, facts: &Facts, tokens: &[TokenGate], gat
             match site {
                 TokenSite::Keys { at, axis, index } => {
                     let mask = *mask.get_or_insert_with(|| log_mask(graph, gate));
-                    let term = spread(graph, facts, gates, token, (*at, *axis, index), mask, Fill::Zero)?.value;
+                    let term = spread(graph, model, gates, token, (*at, *axis, index), mask, Fill::Zero)?.value;
                     let sum = logits.get(at).map(|old| Builder::new(graph, "token.").add(*old, term));
                     logits.insert(*at, sum.unwrap_or(term));
                 }
                 TokenSite::Mean { node, axis, index } => {
                     let at = Use { node: *node, slot: 0 };
-                    let factor = spread(graph, facts, gates, token, (at, *axis, index), gate, Fill::One)?.value;
+                    let factor = spread(graph, model, gates, token, (at, *axis, index), gate, Fill::One)?.value;
                     means.entry(*node).or_default().push((factor, *axis));
                 }
             }
@@ -80,7 +85,7 @@ pub(super) fn insert(graph: &mut Graph, facts: &Facts, tokens: &[TokenGate], gat
         graph.set_input(at, Some(masked));
     }
     for (node, factors) in means {
-        weigh_mean(graph, facts, node, &factors);
+        weigh_mean(graph, model.1, node, &factors);
     }
     Ok(())
 }
@@ -98,18 +103,21 @@ fn log_mask(graph: &mut Graph, gate: ValueId) -> ValueId {
 
 fn spread(
     graph: &mut Graph,
-    facts: &Facts,
+    model: (&Graph, &Facts),
     gates: &Gates,
     token: &TokenGate,
     (at, axis, index): (Use, usize, &[Option<u32>]),
     value: ValueId,
     fill: Fill,
 ) -> Result<Spread, SupernetError> {
+    let (model, facts) = model;
     let error = |graph: &Graph, reason| SupernetError::Site { group: token.id.clone(), node: graph.label(at.node), reason };
-    let Some(shape) = graph.node(at.node).input(at.slot).and_then(|v| facts.shape(v)) else {
+    let operand = graph.node(at.node).input(at.slot);
+    let Some((operand, shape)) = operand.and_then(|v| Some((v, facts.shape(v)?))) else {
         return Err(error(graph, format!("the rank of input {} is unknown", at.slot)));
     };
-    let place = Place { shape, axes: &[axis], index, units: token.units, batch: gates.batch_of_gates() };
+    let batch = gates.batch_of_gates();
+    let place = Place { model, facts, operand, shape, axes: &[axis], index, units: token.units, batch };
     let spread = place.spread(&mut Builder::new(graph, "token."), value, fill);
     match spread {
         Ok(s) if s.split.is_none() => Ok(s),
