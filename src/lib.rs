@@ -3,6 +3,7 @@
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
+pub mod bench;
 pub mod cost;
 pub mod data;
 pub mod graph;
@@ -14,3 +15,4 @@ pub mod plan;
 pub mod runtime;
 pub mod score;
 pub mod slice;
+pub mod verify;
