@@ -1,1 +1,5 @@
-fn main() {}
+//! The command `vitrim`.
+
+fn main() -> std::process::ExitCode {
+    vitrim::cli::run()
+}

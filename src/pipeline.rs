@@ -143,3 +143,43 @@ pub fn make_twin(model: &Model, plan_path: &Path, plan: &Plan, from: Option<&Gra
     }
     Ok(slice::twin::build(model.graph(), &model.facts, &model.anatomy, &plan.kept(), &sliced, &edited))
 }
+
+/// What one unit of a group costs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupCost {
+    /// Parameters.
+    pub params_per_unit: u64,
+    /// MACs per sample; `None` where a size is not known.
+    pub macs_per_unit: Option<u64>,
+}
+
+/// What one unit of each group costs: the saving of the first step, divided by the units that go with it.
+pub fn group_costs(model: &Model) -> Vec<GroupCost> {
+    let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
+    let none = std::collections::BTreeMap::new();
+    let whole = costs.under(&|_| None, &none);
+    let one = |g: &anatomy::Group| {
+        let size = g.stored.iter().max().map_or(0, |m| m + 1);
+        let (after, units) = if g.kind == Kind::Token {
+            (costs.under(&|_| None, &[(g.layer, size - 1)].into()), 1)
+        } else {
+            let per_step = g.nest_count() * g.stored.len() / size.max(1);
+            (costs.under(&|c| (c == g.leaf).then_some(size - 1), &none), per_step.max(1))
+        };
+        GroupCost {
+            params_per_unit: (whole.params - after.params) / units as u64,
+            macs_per_unit: whole.macs.zip(after.macs).map(|(a, b)| (a - b) / units as u64),
+        }
+    };
+    model.anatomy.groups.iter().map(one).collect()
+}
+
+/// Unit: bytes of a model file and of its data files.
+pub fn file_bytes(model: &Model) -> u64 {
+    model.loaded.files.iter().map(|f| std::fs::metadata(f).map_or(0, |m| m.len())).sum()
+}
+
+/// Unit: bytes of a model file and of its one data file, where it has one.
+pub fn bytes_on_disk(path: &Path) -> u64 {
+    [path.to_path_buf(), onnx::data_path(path)].iter().map(|f| std::fs::metadata(f).map_or(0, |m| m.len())).sum()
+}

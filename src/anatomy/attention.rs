@@ -3,6 +3,7 @@
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
+use crate::infer::Facts;
 use crate::ops;
 use std::collections::BTreeSet;
 
@@ -63,14 +64,14 @@ const PASSED: &[&str] = &[
 ];
 
 /// Finds all attention layers, from the input on.
-pub fn attention_layers(graph: &Graph, axes: &Axes) -> Vec<AttentionLayer> {
+pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<AttentionLayer> {
     let depends = depends_on_data(graph);
     let mut layers: Vec<AttentionLayer> = Vec::new();
     for (place, (id, node)) in graph.nodes().enumerate() {
         let found = if ops::attention::is_fused_attention(node.domain(), node.op()) {
             vec![fused(graph, axes, id, place)]
         } else if node.op() == "Softmax" {
-            spelled_out(graph, axes, &depends, id)
+            spelled_out(graph, facts, axes, &depends, id)
         } else {
             vec![]
         };
@@ -107,8 +108,14 @@ fn fused(graph: &Graph, axes: &Axes, id: NodeId, place: usize) -> AttentionLayer
     layer(axes, id, id, vec![id], place, qk, vo, head)
 }
 
-fn spelled_out(graph: &Graph, axes: &Axes, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<AttentionLayer> {
-    let mixes = products_behind(graph, depends, softmax);
+fn spelled_out(
+    graph: &Graph,
+    facts: &Facts,
+    axes: &Axes,
+    depends: &SideMap<ValueId, bool>,
+    softmax: NodeId,
+) -> Vec<AttentionLayer> {
+    let mixes = products_behind(graph, facts, depends, softmax);
     let place_of = |id: NodeId| graph.order().iter().position(|n| *n == id).unwrap_or(0);
     let (mut values, mut results) = (BTreeSet::new(), BTreeSet::new());
     for (mix, probabilities) in &mixes {
@@ -118,7 +125,7 @@ fn spelled_out(graph: &Graph, axes: &Axes, depends: &SideMap<ValueId, bool>, sof
         results.extend(axes.carrier_at(graph, *mix, Slot::Out(0)).map(|c| classes_of(axes, c)).unwrap_or_default());
     }
     let mixed = intersection(&values, &results);
-    let logits = products_before(graph, depends, softmax);
+    let logits = products_before(graph, facts, depends, softmax);
     let nodes: Vec<NodeId> = mixes.iter().map(|(n, _)| *n).collect();
     logits
         .into_iter()
@@ -127,7 +134,10 @@ fn spelled_out(graph: &Graph, axes: &Axes, depends: &SideMap<ValueId, bool>, sof
             let (a, b) = (side(0), side(1));
             let both = intersection(&a, &b);
             let qk = sinks_at(axes, product, &both);
-            let head = difference(&intersection(&both, &mixed), &qk);
+            // Tokens are around both products too, but the softmax is normalized over them.
+            let normalized = |c: &ClassId| axes.classes()[*c].barriers.iter().any(|b| b.node == Some(softmax));
+            let mut head = difference(&intersection(&both, &mixed), &qk);
+            head.retain(|c| !normalized(c));
             let either = a.union(&b).copied().collect();
             let vo = difference(&difference(&mixed, &either), &qk);
             layer(axes, product, softmax, nodes.clone(), place_of(product), qk, vo, head)
@@ -167,11 +177,12 @@ fn sinks_at(axes: &Axes, node: NodeId, candidates: &BTreeSet<ClassId>) -> BTreeS
     candidates.iter().copied().filter(|c| axes.classes()[*c].sinks.iter().any(|s| s.node == node)).collect()
 }
 
-/// Whether the node multiplies two activations.
-fn is_product(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> bool {
+/// Whether the node multiplies two activations. One of them may be computed from constants (a learnt query), but is then no plain
+/// matrix, as a weight is.
+fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
-    let two = || node.inputs().iter().take(2).flatten().filter(|v| depends[**v]).count() == 2;
-    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul") && two()
+    let rank = |slot| node.input(slot).and_then(|v| facts.shape(v)).map_or(0, <[_]>::len);
+    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul") && rank(0) > 2 && rank(1) > 2
 }
 
 /// Whether the node multiplies an activation of rank 4 or more with a small weight: heads mixed before or after the softmax.
@@ -182,7 +193,7 @@ fn mixes_heads(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> b
 }
 
 /// Products of two activations that reach the softmax's input.
-fn products_before(graph: &Graph, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<NodeId> {
+fn products_before(graph: &Graph, facts: &Facts, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<NodeId> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut stack: Vec<ValueId> = graph.node(softmax).input(0).into_iter().collect();
@@ -191,7 +202,7 @@ fn products_before(graph: &Graph, depends: &SideMap<ValueId, bool>, softmax: Nod
         if !depends[v] || !seen.insert(id) {
             continue;
         }
-        if is_product(graph, depends, id) {
+        if is_product(graph, facts, id) {
             found.push(id);
         } else if passes(graph, depends, id) {
             stack.extend(graph.node(id).inputs().iter().flatten().filter(|v| depends[**v]));
@@ -202,7 +213,7 @@ fn products_before(graph: &Graph, depends: &SideMap<ValueId, bool>, softmax: Nod
 }
 
 /// Products of the softmax's result with another activation, and the slot that the result has there.
-fn products_behind(graph: &Graph, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<(NodeId, usize)> {
+fn products_behind(graph: &Graph, facts: &Facts, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<(NodeId, usize)> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut stack: Vec<Use> = graph.node(softmax).output(0).map(|v| graph.value(v).users().to_vec()).unwrap_or_default();
@@ -210,7 +221,7 @@ fn products_behind(graph: &Graph, depends: &SideMap<ValueId, bool>, softmax: Nod
         if !seen.insert(id) {
             continue;
         }
-        if is_product(graph, depends, id) {
+        if is_product(graph, facts, id) {
             found.push((id, slot));
         } else if passes(graph, depends, id) {
             stack.extend(graph.node(id).outputs().iter().flatten().flat_map(|v| graph.value(*v).users().to_vec()));

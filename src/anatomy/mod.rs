@@ -50,7 +50,7 @@ pub struct Anatomy {
 
 /// Names the classes of a graph.
 pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
-    let attention = attention_layers(graph, &axes);
+    let attention = attention_layers(graph, facts, &axes);
     let place = places(graph);
     let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
     let mut taken = std::collections::BTreeSet::new();

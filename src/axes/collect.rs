@@ -1,6 +1,6 @@
 //! Asks every operator for its relations, and decides which value each of them speaks of.
 //!
-//! A constant that several nodes read is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
+//! A constant that several nodes combine with data is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are.
 
 use crate::axes::relation::{AxesCx, Link, Relations, Slot};
@@ -121,10 +121,10 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
 }
 
 impl Collected {
-    /// The carrier behind a slot of a node.
+    /// The carrier behind a slot of a node; none of a node that was added since.
     pub(super) fn carrier(&self, graph: &Graph, node: NodeId, slot: Slot) -> Option<CarrierId> {
         match slot {
-            Slot::In(i) => self.inputs[node].get(i).copied().flatten(),
+            Slot::In(i) => self.inputs.get(node)?.get(i).copied().flatten(),
             Slot::Out(o) => graph.node(node).output(o).map(Id::index),
             Slot::Virtual(v) => Some(self.virtuals[node] + v),
         }
@@ -174,7 +174,9 @@ impl Collected {
     fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, contracted: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
         let value = graph.value(v);
         let shared = value.users().len() > 1 || graph.outputs().contains(&v);
-        if depends[v] || contracted || !shared {
+        // Between constants a value stays one: the parts that are sliced from a packed weight are parts of one weight.
+        let for_data = graph.node(at.node).outputs().iter().flatten().any(|out| depends[*out]);
+        if depends[v] || contracted || !shared || !for_data {
             return v.index();
         }
         self.carriers.push(Carrier { of: Of::Private(v, at), ..self.carriers[v.index()].clone() });
@@ -243,6 +245,7 @@ impl Collected {
                     self.relations.push((id, Relation::Select { from, to, index, at: offset }));
                 }
             }
+            Link::Unread(a) => touched.extend(at(a)),
             Link::Barrier(a, reason) => {
                 if let Some(x) = at(a) {
                     touched.insert(x);

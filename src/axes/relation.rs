@@ -43,6 +43,8 @@ pub enum Link {
         /// First position of `to`.
         at: usize,
     },
+    /// The axis may lose positions unseen: the operator reads only the type or rank of the value.
+    Unread(At),
     /// The axis cannot be cut here.
     Barrier(At, String),
 }
@@ -68,6 +70,10 @@ impl Relations {
     /// Adds `Sum`.
     pub fn sum(&mut self, a: At) {
         self.links.push(Link::Sum(a));
+    }
+    /// Adds `Unread`.
+    pub fn unread(&mut self, a: At) {
+        self.links.push(Link::Unread(a));
     }
     /// Adds `Barrier`.
     pub fn barrier(&mut self, a: At, reason: &str) {

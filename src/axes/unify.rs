@@ -4,7 +4,7 @@
 //! fused projection has three, in which `H` and `E` are those of q, of k and of v. Inside a case factors may be products again
 //! (the cell of q in a fused axis of `H*E + 2*KV*E` is `H x E`), so they are refined once more, and then united.
 
-use super::collect::{AxisOf, Barrier, CarrierId, Collected, Relation, SinkSite};
+use super::collect::{AxisOf, Barrier, CarrierId, Collected, Of, Relation, SinkSite};
 use super::partition::Partition;
 use super::refine::Refiner;
 use crate::graph::NodeId;
@@ -62,6 +62,7 @@ pub(super) struct Unified {
     sizes: Vec<Option<usize>>,
     /// Cases of two carriers that belong together at a node, where one of them has several.
     together: BTreeMap<(NodeId, CarrierId, CarrierId), Vec<(usize, usize)>>,
+    virtual_carriers: BTreeSet<CarrierId>,
 }
 
 /// The cases of one carrier.
@@ -150,11 +151,12 @@ pub(super) fn unify(
     for (node, (axis_a, ka), (axis_b, kb)) in product_pairs {
         let (fa, fb) = (p.factors(*axis_a).start + ka, p.factors(*axis_b).start + kb);
         let (a, b) = (factor_home[&fa].0, factor_home[&fb].0);
-        between.entry((*node, a, b)).or_default().equal.push((fa, fb));
+        let pair = if a <= b { (fa, fb) } else { (fb, fa) };
+        between.entry((*node, a.min(b), a.max(b))).or_default().equal.push(pair);
     }
     for (node, relation) in &all.relations {
         if let Relation::Select { from, to, .. } = relation {
-            between.entry((*node, from.0, to.0)).or_default().selects.push(relation);
+            between.entry((*node, from.0.min(to.0), from.0.max(to.0))).or_default().selects.push(relation);
         }
     }
     let mut together = BTreeMap::new();
@@ -183,7 +185,9 @@ pub(super) fn unify(
             barriers.push((*axis, Barrier { node: *node, axis: axis.1, reason }));
         }
     }
-    Unified { together, ..classes_of(all, p, cases, &factor_home, &refiner, barriers, axis_number) }
+    let virtuals = all.carriers.iter().enumerate().filter(|(_, c)| matches!(c.of, Of::Virtual(..)));
+    let virtual_carriers = virtuals.map(|(c, _)| c).collect();
+    Unified { together, virtual_carriers, ..classes_of(all, p, cases, &factor_home, &refiner, barriers, axis_number) }
 }
 
 fn enumerate_cases(
@@ -289,8 +293,10 @@ fn relate_cases(
             let mut compatible = true;
             for select in &links.selects {
                 let Relation::Select { from, to, index, at } = select else { continue };
-                let box_from = axis_box(p, ka, &cells_a, axis_number(*from));
-                let box_to = axis_box(p, kb, &cells_b, axis_number(*to));
+                let of = |axis: AxisOf| if axis.0 == a { (ka, &cells_a, case_a) } else { (kb, &cells_b, case_b) };
+                let ((k_from, cells_from, case_from), (k_to, cells_to, case_to)) = (of(*from), of(*to));
+                let box_from = axis_box(p, k_from, cells_from, axis_number(*from));
+                let box_to = axis_box(p, k_to, cells_to, axis_number(*to));
                 match (box_from, box_to) {
                     (Some(x), Some(y)) => match match_boxes(&x, &y, index, *at) {
                         Match::Apart => compatible = false,
@@ -298,7 +304,7 @@ fn relate_cases(
                             let slots = |k: &Cases, case: usize, axis: AxisOf| -> Vec<usize> {
                                 p.factors(axis_number(axis)).map(|f| k.slot(case, local(k, f))).collect()
                             };
-                            sequences.push((slots(ka, case_a, *from), slots(kb, case_b, *to), *from, *to));
+                            sequences.push((slots(k_from, case_from, *from), slots(k_to, case_to, *to), *from, *to));
                         }
                         Match::Crossed => bar_both(barriers, *from, *to, node),
                     },
@@ -408,7 +414,7 @@ fn classes_of(
         .map(|(c, carrier)| (0..carrier.shape.len()).map(|axis| p.factors(axis_number((c, axis))).collect()).collect())
         .collect();
     let cells = (0..p.sizes.len()).filter(|f| p.cell_count(*f) > 1).map(|f| (f, p.cells(f))).collect();
-    let mut unified = Unified { classes, cases, of_slot, cells, shapes, sizes: p.sizes.clone(), together: BTreeMap::new() };
+    let mut unified = Unified { classes, cases, of_slot, cells, shapes, sizes: p.sizes.clone(), together: BTreeMap::new(), virtual_carriers: BTreeSet::new() };
     for (axis, barrier) in barriers {
         for class in unified.classes_on(axis) {
             if !unified.classes[class].barriers.contains(&barrier) {
@@ -441,13 +447,25 @@ impl Unified {
         found.into_iter().collect()
     }
 
-    /// Cases of `a` that belong together with the cases `of_b` of `b` at a node.
+    /// Cases of `a` that belong together with the cases `of_b` of `b` at a node, directly or by way of values inside the node.
     pub(super) fn cases_with(&self, node: NodeId, a: CarrierId, b: CarrierId, of_b: &BTreeSet<usize>) -> BTreeSet<usize> {
-        if let Some(pairs) = self.together.get(&(node, a, b)) {
-            return pairs.iter().filter(|(_, y)| of_b.contains(y)).map(|(x, _)| *x).collect();
+        let direct = |x: CarrierId, y: CarrierId, of_y: &BTreeSet<usize>| -> Option<BTreeSet<usize>> {
+            if let Some(pairs) = self.together.get(&(node, x, y)) {
+                return Some(pairs.iter().filter(|(_, c)| of_y.contains(c)).map(|(c, _)| *c).collect());
+            }
+            let pairs = self.together.get(&(node, y, x))?;
+            Some(pairs.iter().filter(|(c, _)| of_y.contains(c)).map(|(_, c)| *c).collect())
+        };
+        if let Some(found) = direct(a, b, of_b) {
+            return found;
         }
-        if let Some(pairs) = self.together.get(&(node, b, a)) {
-            return pairs.iter().filter(|(y, _)| of_b.contains(y)).map(|(_, x)| *x).collect();
+        let inside = self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
+        for v in inside.filter(|v| self.virtual_carriers.contains(v)) {
+            // Pairs of single cases are not recorded.
+            let of_v = direct(v, b, of_b).or_else(|| (self.case_count(v) == 1).then(|| BTreeSet::from([0])));
+            if let Some(found) = of_v.and_then(|of_v| direct(a, v, &of_v)) {
+                return found;
+            }
         }
         (0..self.case_count(a)).collect()
     }

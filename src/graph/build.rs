@@ -41,7 +41,8 @@ impl<'a> Builder<'a> {
         let name = format!("{}{}", self.prefix, op);
         let outputs: Vec<ValueId> = (0..output_count).map(|_| self.graph.add_value(&name)).collect();
         self.graph.add_node(NewNode {
-            name: self.graph.value(outputs[0]).name().to_string(),
+            // The number keeps it unique: the name of its output may be changed, and then be taken again.
+            name: format!("{name}.{}", self.graph.node_capacity()),
             op: op.to_string(),
             inputs: inputs.iter().map(|v| Some(*v)).collect(),
             outputs: outputs.iter().map(|v| Some(*v)).collect(),

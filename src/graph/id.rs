@@ -72,6 +72,11 @@ impl<K: Id, V: Clone> SideMap<K, V> {
         }
     }
 
+    /// The entry of an id, where the table reaches that far.
+    pub fn get(&self, id: K) -> Option<&V> {
+        self.entries.get(id.index())
+    }
+
     /// All entries in the order of their ids.
     pub fn iter(&self) -> impl Iterator<Item = (K, &V)> {
         self.entries.iter().enumerate().map(|(i, v)| (K::new(i), v))

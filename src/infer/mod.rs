@@ -81,13 +81,13 @@ impl Fact {
 
     /// The fact of a constant.
     pub fn of_tensor(t: &Tensor) -> Self {
-        let known = if t.element_count() > KNOWN_MAX {
-            None
-        } else if let Some(ints) = t.to_i64s() {
-            Some(Known::Ints(ints.into_iter().map(Dim::from).collect()))
-        } else {
-            t.to_f32s().map(|v| Known::Floats(v.into_iter().map(f64::from).collect()))
+        let content = |t: &Tensor| match t.to_i64s() {
+            Some(ints) => Some(Known::Ints(ints.into_iter().map(Dim::from).collect())),
+            None => t.to_f32s().map(|v| Known::Floats(v.into_iter().map(f64::from).collect())),
         };
+        let count = t.element_count();
+        // A graph whose sizes are only counted has constants without their elements.
+        let known = if count > KNOWN_MAX { None } else { content(t).filter(|k| k.len() == count) };
         Self { dtype: Some(t.dtype), shape: Some(t.dims.iter().map(|d| Dim::from(*d)).collect()), known }
     }
 }
@@ -99,9 +99,9 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// The fact of a value.
+    /// The fact of a value; an empty one of a value that was added since.
     pub fn get(&self, id: ValueId) -> &Fact {
-        &self.values[id]
+        self.values.get(id).unwrap_or(&NOTHING)
     }
 
     /// Number of values that there are facts of.
@@ -116,7 +116,7 @@ impl Facts {
 
     /// The shape of a value, where its rank is known.
     pub fn shape(&self, id: ValueId) -> Option<&[Dim]> {
-        self.values[id].shape.as_deref()
+        self.get(id).shape.as_deref()
     }
 }
 

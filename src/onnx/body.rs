@@ -85,10 +85,7 @@ fn rename_body(body: &mut GraphProto, names: &BTreeMap<String, String>, inner: O
 }
 
 /// Calls `f` on every tensor of a body, those of its attributes and of bodies inside included.
-pub(super) fn each_tensor(
-    body: &mut GraphProto,
-    f: &mut dyn FnMut(&mut TensorProto) -> Result<(), Cause>,
-) -> Result<(), Cause> {
+pub(super) fn each_tensor(body: &mut GraphProto, f: &mut dyn FnMut(&mut TensorProto) -> Result<(), Cause>) -> Result<(), Cause> {
     body.initializer.iter_mut().try_for_each(&mut *f)?;
     for sparse in &mut body.sparse_initializer {
         sparse.values.iter_mut().chain(&mut sparse.indices).try_for_each(&mut *f)?;

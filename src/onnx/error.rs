@@ -42,14 +42,25 @@ impl Error {
 }
 
 fn prefix(file: Option<&Path>) -> String {
-    file.map(|f| format!("{}: ", shown(&f.to_string_lossy()))).unwrap_or_default()
+    const LEN: usize = 120;
+    let Some(file) = file else { return String::new() };
+    let name = file.to_string_lossy();
+    // Of a long path the end says more.
+    match name.char_indices().nth_back(LEN) {
+        Some((at, _)) => format!("..{}: ", shown_to(&name[at..], LEN + 1)),
+        None => format!("{}: ", shown_to(&name, LEN)),
+    }
 }
 
-/// A name as messages show it: control and direction characters replaced, and cut to 96 characters.
+/// A name as messages show it: control and direction characters replaced, and cut to 64 characters.
 pub fn shown(name: &str) -> String {
-    const LEN: usize = 96;
-    let mut out: String = name.chars().take(LEN).map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect();
-    if name.chars().nth(LEN).is_some() {
+    shown_to(name, 64)
+}
+
+/// A name as messages show it, cut to `len` characters.
+pub fn shown_to(name: &str, len: usize) -> String {
+    let mut out: String = name.chars().take(len).map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect();
+    if name.chars().nth(len).is_some() {
         out.push_str("..");
     }
     out
@@ -127,8 +138,8 @@ pub enum Cause {
     Dangling { node: String, value: String },
     #[error("graph output '{value}' is produced by nothing")]
     MissingOutput { value: String },
-    #[error("node #{index} has no operator type")]
-    NoOperator { index: usize },
+    #[error("node {node} has no operator type")]
+    NoOperator { node: String },
     #[error("node {node}: attribute {attribute} {reason}")]
     BadAttribute { node: String, attribute: String, reason: String },
 

@@ -148,9 +148,7 @@ fn in_data_file(cause: Cause, (tensor, location): (String, String)) -> Cause {
         Cause::IsDirectory { .. } | Cause::NotRegular => Cause::ExternalNotRegular { tensor, location },
         Cause::Changed => Cause::ExternalChanged { location },
         Cause::Read { source } => Cause::ExternalRead { tensor, location, source },
-        Cause::PermissionDenied => {
-            Cause::ExternalRead { tensor, location, source: std::io::ErrorKind::PermissionDenied.into() }
-        }
+        Cause::PermissionDenied => Cause::ExternalRead { tensor, location, source: std::io::ErrorKind::PermissionDenied.into() },
         other => other,
     }
 }
@@ -200,9 +198,9 @@ mod tests {
 
     #[test]
     fn locations_that_leave_are_seen_by_their_text() {
-        for location in [
-            "../x", "a/../../b", "/etc/passwd", "C:x", "c:/x", "\\\\host\\share", "a\\..\\b", "a\0b", "*/_ORT_MEM_ADDR_/*", "..",
-        ] {
+        for location in
+            ["../x", "a/../../b", "/etc/passwd", "C:x", "c:/x", "\\\\host\\share", "a\\..\\b", "a\0b", "*/_ORT_MEM_ADDR_/*", ".."]
+        {
             assert!(leaves(location), "{location}");
         }
         for location in ["x.bin", "a/b.bin", "./x", "a/../b", ".", "", "x..y", "weights:1"] {

@@ -157,6 +157,9 @@ impl<'a> Library<'a> {
                 None | Some("") => format!("{prefix}/{op}_{i}"),
                 Some(name) => format!("{prefix}/{name}"),
             };
+            if op.is_empty() {
+                return Err(Cause::NoOperator { node: format!("#{i} of {}", shown(prefix)) });
+            }
             let find = |value: &String| match value.as_str() {
                 "" => Ok(None),
                 v => scope.get(v).copied().ok_or_else(|| Cause::Dangling { node: shown(&name), value: shown(v) }),
@@ -277,6 +280,9 @@ fn given<'n>(call: &'n NodeProto, function: &'n FunctionProto) -> BTreeMap<&'n s
     defaults.map(|a| (a.name.as_deref().unwrap_or_default(), a)).collect()
 }
 
+/// Pairs of slots that an Identity joins, from and to.
+type Aliases = Vec<(usize, usize)>;
+
 /// Slots for the names of a body, and pairs of slots that an Identity must join: an output that is an input, or one listed twice.
 fn scope(
     function: &FunctionProto,
@@ -284,7 +290,7 @@ fn scope(
     outputs: &[Option<usize>],
     prefix: &str,
     out: &mut Expansion,
-) -> Result<(Rc<Scope>, Vec<(usize, usize)>), Cause> {
+) -> Result<(Rc<Scope>, Aliases), Cause> {
     let mut scope = Scope::new();
     for (i, name) in function.input.iter().enumerate() {
         scope.insert(name.clone(), inputs.get(i).copied().flatten());
@@ -332,10 +338,9 @@ pub(super) fn name_bodies(flat: &mut Flat, name_of: &dyn Fn(usize) -> Option<Str
     let mut names = BTreeMap::new();
     for free in body::captures(&flat.node) {
         let slot = flat.scope.get(&free).copied().flatten();
-        let name = slot.and_then(name_of).ok_or_else(|| Cause::Dangling {
-            node: shown(flat.node.name.as_deref().unwrap_or_default()),
-            value: shown(&free),
-        })?;
+        let name = slot
+            .and_then(name_of)
+            .ok_or_else(|| Cause::Dangling { node: shown(flat.node.name.as_deref().unwrap_or_default()), value: shown(&free) })?;
         names.insert(free, name);
     }
     if flat.node.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty()) {

@@ -26,7 +26,7 @@ mod tensor;
 mod value_info;
 mod write;
 
-pub use error::{Cause, Error, shown};
+pub use error::{Cause, Error, shown, shown_to};
 pub use read::{Limits, Loaded, read, read_bytes, read_with};
-pub use save::{Overwrite, check_output, data_path, save, sha256_of_file};
+pub use save::{Overwrite, check_output, data_path, save, sha256_of_file, write_file};
 pub use write::to_bytes;

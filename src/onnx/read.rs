@@ -7,7 +7,7 @@ use bytes::Bytes;
 use onnx_proto::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 use prost::Message;
 
-use super::error::{Cause, Error, shown};
+use super::error::{Cause, Error, shown, shown_to};
 use super::external::DataFiles;
 use super::function::{self, Expansion, Library, Slot, domain, import};
 use super::source::{Source, diagnose};
@@ -84,8 +84,7 @@ pub fn read_with(path: &Path, limits: &Limits) -> Result<Loaded, Error> {
 ///
 /// Errors: everything that is wrong with the model.
 pub fn read_bytes(bytes: Bytes, name: &Path, limits: &Limits) -> Result<Loaded, Error> {
-    let (graph, warnings) =
-        graph_of(bytes, limits, &mut DataFiles::none()).map_err(|cause| Error::new(name, cause))?;
+    let (graph, warnings) = graph_of(bytes, limits, &mut DataFiles::none()).map_err(|cause| Error::new(name, cause))?;
     Ok(Loaded { graph, warnings, files: Vec::new() })
 }
 
@@ -330,7 +329,7 @@ impl<'a> Reader<'a> {
         let labels: Vec<String> = nodes.iter().enumerate().map(|(i, n)| node_label(i, n)).collect();
         for ((index, node), label) in nodes.iter().enumerate().zip(&labels) {
             if node.op_type.as_deref().unwrap_or_default().is_empty() {
-                return Err(Cause::NoOperator { index });
+                return Err(Cause::NoOperator { node: format!("#{index}") });
             }
             for name in node.output.iter().filter(|n| !n.is_empty()) {
                 self.define(name, format!("node {label}"))?;
@@ -397,7 +396,8 @@ impl<'a> Reader<'a> {
             function::name_bodies(&mut flat, &|slot| ids[slot].map(|v| self.graph.value(v).name().to_string()))?;
             let label = shown(flat.node.name.as_deref().unwrap_or_default());
             let captures = body::captures(&flat.node).iter().filter_map(|n| self.graph.find(n)).collect();
-            let (inputs, outputs): (Vec<_>, Vec<_>) = (flat.inputs.iter().map(id).collect(), flat.outputs.iter().map(id).collect());
+            let (inputs, outputs): (Vec<_>, Vec<_>) =
+                (flat.inputs.iter().map(id).collect(), flat.outputs.iter().map(id).collect());
             let new = NewNode { inputs, captures, outputs, call: Some(call), ..self.new_node(flat.node, &label)? };
             for v in new.outputs.iter().flatten() {
                 self.makers.entry(*v).or_insert_with(|| format!("node {label}"));
@@ -434,7 +434,7 @@ impl<'a> Reader<'a> {
         let from = |p: &Pending| p.new.inputs.iter().flatten().chain(&p.new.captures).filter_map(|v| maker[v.index()]).collect();
         let reads: Vec<Vec<usize>> = self.pending.iter().map(from).collect();
         let in_order = order::is_topological(&reads).map_err(|cycle| {
-            let mut through: Vec<String> = cycle.iter().take(6).map(|i| self.pending[*i].label.clone()).collect();
+            let mut through: Vec<String> = cycle.iter().take(6).map(|i| shown_to(&self.pending[*i].label, 28)).collect();
             if cycle.len() > 6 {
                 through.push("..".into());
             }

@@ -109,7 +109,7 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
 pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Error> {
     let fail = |cause| Error::new(path, cause);
     check_place(path, overwrite).map_err(fail)?;
-    let (model, data) = encode(graph, path).map_err(fail)?;
+    let (model, data) = encode(graph, path, PROTO_LIMIT).map_err(fail)?;
     if data.is_some() {
         let data_path = data_path(path);
         check_place(&data_path, overwrite).map_err(|cause| Error::new(&data_path, cause))?;
@@ -117,15 +117,31 @@ pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Erro
     write(&model, data.as_ref(), path, overwrite).map_err(fail)
 }
 
-fn encode(graph: &Graph, path: &Path) -> Result<(ModelProto, Option<DataFile>), Cause> {
+/// Writes any output file the way models are written: complete under its name, or not at all.
+///
+/// Errors: as [`check_output`] without inputs; the disk.
+pub fn write_file(path: &Path, bytes: &[u8], overwrite: Overwrite) -> Result<(), Error> {
+    let fail = |cause| Error::new(path, cause);
+    check_place(path, overwrite).map_err(fail)?;
+    let put = || -> io::Result<()> {
+        let directory = directory_of(path);
+        let file = temporary(&directory, |w| w.write_all(bytes))?;
+        place(file, path, overwrite)?;
+        sync_directory(&directory)
+    };
+    put().map_err(|source| fail(Cause::Write { source }))
+}
+
+/// The model, and its data file where it has one or would be larger than `limit` bytes without.
+fn encode(graph: &Graph, path: &Path, limit: usize) -> Result<(ModelProto, Option<DataFile>), Cause> {
     let location = data_path(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut data = has_external(graph).then(|| DataFile::new(location.clone(), false));
     let mut model = to_model(graph, data.as_mut())?;
-    if model.encoded_len() > PROTO_LIMIT {
+    if model.encoded_len() > limit {
         data = Some(DataFile::new(location, true));
         model = to_model(graph, data.as_mut())?;
     }
-    if model.encoded_len() > PROTO_LIMIT {
+    if model.encoded_len() > limit {
         return Err(Cause::OutputTooLarge);
     }
     Ok((model, data.filter(|d| !d.parts.is_empty())))
@@ -221,4 +237,38 @@ pub fn sha256_of_file(path: &Path) -> Result<String, Error> {
         }
     };
     digest().map_err(|cause| Error::new(path, cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Tensor;
+    use bytes::Bytes;
+
+    #[test]
+    fn a_model_that_is_too_large_for_one_file_gets_a_data_file() {
+        let mut graph = Graph::new(9, vec![(String::new(), 18)], Bytes::new());
+        for i in 0..4 {
+            graph.add_initializer("w", Tensor::f32(&[1000], &[1.0; 1000]));
+            graph.add_initializer("b", Tensor::f32(&[i], &vec![1.0; i]));
+        }
+        let path = Path::new("m.onnx");
+        let (inline, none) = encode(&graph, path, 20_000).unwrap();
+        assert!(none.is_none());
+        let (model, data) = encode(&graph, path, 10_000).unwrap();
+        let data = data.unwrap();
+        assert_eq!(
+            data.parts.iter().map(|(at, b)| (*at, b.len())).collect::<Vec<_>>(),
+            [(0, 4000), (4032, 4000), (8064, 4000), (12096, 4000)]
+        );
+        let mut written = Vec::new();
+        write_data(&data, &mut written).unwrap();
+        assert_eq!(written.len(), usize::try_from(data.len).unwrap());
+        let initializers = |m: ModelProto| m.graph.unwrap().initializer;
+        for (a, b) in initializers(inline).iter().zip(&initializers(model)) {
+            let outside = a.raw_data.as_ref().is_some_and(|r| r.len() >= 1024);
+            assert_eq!((b.raw_data.is_none() && !b.external_data.is_empty(), &a.dims), (outside, &b.dims));
+        }
+        assert!(matches!(encode(&graph, path, 100), Err(Cause::OutputTooLarge)));
+    }
 }

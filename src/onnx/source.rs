@@ -144,3 +144,32 @@ pub(super) fn diagnose(bytes: &[u8]) -> Option<Cause> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_file_that_grows_or_shrinks_is_noticed() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"12345678").unwrap();
+        let source = Source::open(file.path()).unwrap();
+        assert!(source.is_unchanged());
+        file.write_all(b"9").unwrap();
+        assert!(!source.is_unchanged());
+        assert!(matches!(source.bytes(), Err(Cause::Changed)));
+        let source = Source::open(file.path()).unwrap();
+        file.as_file().set_len(3).unwrap();
+        assert!(matches!(source.bytes(), Err(Cause::Changed)));
+    }
+
+    #[test]
+    fn large_files_are_mapped_and_read_the_same() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(MAP_FROM).unwrap();
+        file.write_all(b"start").unwrap();
+        let bytes = Source::open(file.path()).unwrap().bytes().unwrap();
+        assert_eq!((bytes.len(), &bytes[..6]), (64 << 20, &b"start\0"[..]));
+    }
+}

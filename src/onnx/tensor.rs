@@ -179,17 +179,13 @@ fn check_elements(what: &str, size: &Size, field: Field, held: usize, need: usiz
 /// The elements of a typed field as little-endian bytes.
 fn typed_bytes(proto: &mut TensorProto, what: &str, size: &Size, field: Field) -> Result<Bytes, Cause> {
     let need = match size.dtype {
-        DType::C64 | DType::C128 => size.elements.checked_mul(2).unwrap_or(usize::MAX),
+        DType::C64 | DType::C128 => size.elements.saturating_mul(2),
         d if d.bits() < 8 => size.bytes,
         _ => size.elements,
     };
     check_elements(what, size, field, field.len(proto), need)?;
-    let out_of_range = |value: String| Cause::OutOfRange {
-        tensor: what.to_string(),
-        value,
-        field: field.name(),
-        dtype: size.dtype.name(),
-    };
+    let out_of_range =
+        |value: String| Cause::OutOfRange { tensor: what.to_string(), value, field: field.name(), dtype: size.dtype.name() };
     Ok(match field {
         Field::Float => std::mem::take(&mut proto.float_data).iter().flat_map(|v| v.to_le_bytes()).collect(),
         Field::Double => std::mem::take(&mut proto.double_data).iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -259,8 +255,8 @@ impl DataFile {
 
 /// Encodes a tensor; under `name`, or under the one that its `extra` keeps.
 pub(super) fn write(tensor: &Tensor, name: Option<&str>, data: Option<&mut DataFile>) -> Result<TensorProto, Cause> {
-    let mut proto =
-        TensorProto::decode(tensor.extra.clone()).map_err(|_| Cause::Internal { what: "the rest of a tensor does not decode" })?;
+    let mut proto = TensorProto::decode(tensor.extra.clone())
+        .map_err(|_| Cause::Internal { what: "the rest of a tensor does not decode" })?;
     if let Some(name) = name {
         proto.name = Some(name.to_string());
     }

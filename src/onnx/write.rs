@@ -228,7 +228,7 @@ fn write_node(graph: &Graph, id: NodeId, mut data: Option<&mut DataFile>) -> Res
 /// The inputs in the graph's order; initializers that the file also lists as inputs stay behind the input that they stood behind.
 fn inputs(graph: &Graph, listed: Vec<ValueInfoProto>) -> Result<Vec<ValueInfoProto>, Cause> {
     let mut out = Vec::new();
-    let mut rest = graph.inputs().iter().copied().peekable();
+    let mut rest = graph.inputs().iter().copied();
     let declare = |v: ValueId| match graph.value(v).declared() {
         Some(d) => value_info::write(d, graph.value(v).name()),
         None => Err(Cause::Internal { what: "a graph input is not declared" }),
@@ -241,7 +241,7 @@ fn inputs(graph: &Graph, listed: Vec<ValueInfoProto>) -> Result<Vec<ValueInfoPro
                 out.push(info);
             }
         } else if rest.clone().any(|r| r == v) {
-            while let Some(next) = rest.next() {
+            for next in rest.by_ref() {
                 out.push(declare(next)?);
                 if next == v {
                     break;

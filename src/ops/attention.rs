@@ -80,7 +80,15 @@ fn width(shape: &[Dim], heads: &Dim) -> Result<Dim, String> {
     if shape.len() == 4 {
         return Ok(shape[3].clone());
     }
-    shape[2].exact_div(heads).ok_or_else(|| format!("an axis of {} for {heads} heads", shape[2]))
+    share(&shape[2], heads).ok_or_else(|| format!("an axis of {} for {heads} heads", shape[2]))
+}
+
+/// `whole / count`; `None` where both are numbers and it leaves a rest.
+fn share(whole: &Dim, count: &Dim) -> Option<Dim> {
+    match (whole.known(), count.known()) {
+        (Some(_), Some(_)) => whole.exact_div(count),
+        _ => Some(whole.floor_div(count)),
+    }
 }
 
 fn sizes(node: &Node, q: &[Dim], k: &[Dim], v: &[Dim], past: Option<&[Dim]>) -> Result<Sizes, String> {
@@ -88,7 +96,7 @@ fn sizes(node: &Node, q: &[Dim], k: &[Dim], v: &[Dim], past: Option<&[Dim]>) -> 
         return Err(format!("inputs of rank {}, {} and {}, expected 3 or 4", q.len(), k.len(), v.len()));
     }
     let (heads, key_heads) = (heads(node, q, "q_num_heads")?, heads(node, k, "kv_num_heads")?);
-    let sharing = heads.exact_div(&key_heads).ok_or_else(|| format!("{heads} query heads for {key_heads} key heads"))?;
+    let sharing = share(&heads, &key_heads).ok_or_else(|| format!("{heads} query heads for {key_heads} key heads"))?;
     let (width, key_width, value_width) = (width(q, &heads)?, width(k, &key_heads)?, width(v, &key_heads)?);
     if contradict(&width, &key_width) {
         return Err(format!("heads of width {width} in the query, {key_width} in the key"));
@@ -161,7 +169,19 @@ fn attention_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let [q, k, v, y] = [Slot::In(0), Slot::In(1), Slot::In(2), Slot::Out(0)];
     let past = cx.has(Slot::In(PAST_KEY)).then(|| cx.shape(Slot::In(PAST_KEY)));
-    let Ok(s) = sizes(cx.node, cx.shape(q), cx.shape(k), cx.shape(v), past) else { return relations };
+    let found = sizes(cx.node, cx.shape(q), cx.shape(k), cx.shape(v), past).ok();
+    let splits = |s: &Sizes, slot: Slot, heads: &Dim, width: &Dim| {
+        let shape = cx.shape(slot);
+        &s.key_heads * &s.sharing == s.heads && (shape.len() == 4 || heads * width == shape[2])
+    };
+    let Some(s) = found.filter(|s| {
+        splits(s, q, &s.heads, &s.width) && splits(s, k, &s.key_heads, &s.width) && splits(s, v, &s.key_heads, &s.value_width)
+    }) else {
+        for slot in [q, k, v, y] {
+            (0..cx.shape(slot).len()).for_each(|a| relations.barrier((slot, a), "heads of a size that is not known"));
+        }
+        return relations;
+    };
     let one = Dim::from(1i64);
     let rank = |slot: Slot| cx.shape(slot).len();
     let r = &mut relations;
@@ -295,7 +315,14 @@ fn attention_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     if let (Some(q), Some(k), Some(v)) = (&q, &k, &v)
         && (k.heads != v.heads || k.heads == 0 || q.heads % k.heads != 0 || q.first.len() != k.first.len())
     {
-        let what = format!("{} query heads of {}, {} key heads of {}, {} value heads", q.heads, q.first.len(), k.heads, k.first.len(), v.heads);
+        let what = format!(
+            "{} query heads of {}, {} key heads of {}, {} value heads",
+            q.heads,
+            q.first.len(),
+            k.heads,
+            k.first.len(),
+            v.heads
+        );
         return Err(cx.error(what));
     }
     for (name, before, after) in [("q_num_heads", q_heads, &q), ("kv_num_heads", kv_heads, &k)] {
@@ -397,7 +424,8 @@ fn forward(cx: &mut GradCx<'_>, (q, k): (ValueId, ValueId), s: &Sizes) -> Result
     let mut logits = cx.b.matmul(q, k_t);
     if let Some(mask) = cx.node().input(MASK) {
         let last = cx.shape(mask).last().ok_or("a mask of unknown rank")?;
-        if *last != s.keys && !last.is(1) {
+        // From opset 24 on a mask may be shorter than the keys; before, it is broadcast to them.
+        if *last != s.keys && !last.is(1) && (cx.opset() >= 24 || contradict(last, &s.keys)) {
             return Err("a mask that is shorter than the keys".to_string());
         }
         let mut bias = mask;
@@ -524,6 +552,9 @@ mod tests {
         let expected = ["b 4 n 10", "b 2 p+5 8", "b 2 p+5 10", "b 4 n p+5"];
         assert_eq!(shapes(&g), Ok(expected.map(String::from).to_vec()));
         assert_eq!(macs(&g), "72*b*n*p+360*b*n");
+        let g = graph("Attention", 23, &["b n d", "b m 16", "b m 20"], ints(GROUPED), 1);
+        assert_eq!(shapes(&g), Ok(vec!["b n 40".to_string()]));
+        assert!(links(&g).iter().all(|l| l.starts_with('!')));
         assert!(shapes(&graph("Attention", 23, &["1 3 32", "1 3 32", "1 3 32"], vec![], 1)).is_err());
         assert!(shapes(&graph("Attention", 23, &["1 4 3 8", "1 4 5 9", "1 4 5 8"], vec![], 1)).is_err());
         assert!(shapes(&graph("Attention", 23, &["1 4 3 8", "1 3 5 8", "1 3 5 8"], vec![], 1)).is_err());
@@ -533,8 +564,17 @@ mod tests {
     fn query_width_is_contracted_with_key_width() {
         let g = graph("Attention", 23, &["b 3 n 8", "b 3 m 8", "b 3 m 6"], vec![], 1);
         let expected = [
-            "in0.1=in1.1", "in0.1=in2.1", "in0.1=out0.1", "in0.3*in1.3", "in2.3=out0.3", "in0.2=out0.2", "in1.2*in2.2", "!in1.2",
-            "in0.0=out0.0", "in1.0=out0.0", "in2.0=out0.0",
+            "in0.1=in1.1",
+            "in0.1=in2.1",
+            "in0.1=out0.1",
+            "in0.3*in1.3",
+            "in2.3=out0.3",
+            "in0.2=out0.2",
+            "in1.2*in2.2",
+            "!in1.2",
+            "in0.0=out0.0",
+            "in1.0=out0.0",
+            "in2.0=out0.0",
         ];
         assert_eq!(links(&g), expected);
     }
@@ -543,9 +583,27 @@ mod tests {
     fn grouped_queries_have_a_factor_of_their_own() {
         let g = graph("Attention", 23, &["b n 32", "b m 16", "b m 20", "4 n m"], ints(GROUPED), 1);
         let expected = [
-            "in0.2~v0.0,v0.1,v0.2", "in1.2~v1.0,v1.1", "in2.2~v2.0,v2.1", "out0.2~v3.0,v3.1,v3.2", "v0.0=v1.0", "v0.0=v2.0",
-            "v0.0=v3.0", "v0.1=v3.1", "v0.2*v1.1", "v2.1=v3.2", "in0.1=out0.1", "in1.1*in2.1", "!in1.1", "in0.0=out0.0",
-            "in1.0=out0.0", "in2.0=out0.0", "in3.0~v4.0,v4.1", "v4.0=v0.0", "v4.1=v0.1", "in3.1=in0.1", "!in3.2",
+            "in0.2~v0.0,v0.1,v0.2",
+            "in1.2~v1.0,v1.1",
+            "in2.2~v2.0,v2.1",
+            "out0.2~v3.0,v3.1,v3.2",
+            "v0.0=v1.0",
+            "v0.0=v2.0",
+            "v0.0=v3.0",
+            "v0.1=v3.1",
+            "v0.2*v1.1",
+            "v2.1=v3.2",
+            "in0.1=out0.1",
+            "in1.1*in2.1",
+            "!in1.1",
+            "in0.0=out0.0",
+            "in1.0=out0.0",
+            "in2.0=out0.0",
+            "in3.0~v4.0,v4.1",
+            "v4.0=v0.0",
+            "v4.1=v0.1",
+            "in3.1=in0.1",
+            "!in3.2",
         ];
         assert_eq!(links(&g), expected);
     }

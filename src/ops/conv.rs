@@ -1,9 +1,10 @@
-//! Conv and ConvTranspose (opset 1 to 24), in one, two or three spatial dimensions.
+//! Conv (opset 1 to 24), in one, two or three spatial dimensions; ConvTranspose is beside it.
 //!
-//! Shape, Conv: `x [B, C, in..]`, `w [M, C/g, k..]`, `b [M]` -> `[B, M, out..]` with `out = floor((in + pads - d(k-1) - 1) / s) + 1`.
-//! ConvTranspose: `w [C, M/g, k..]` and `out = s(in-1) + output_padding + d(k-1) + 1 - pads`.
+//! Shape: `x [B, C, in..]`, `w [M, C/g, k..]`, `b [M]` -> `[B, M, out..]` with `out = floor((in + pads - d(k-1) - 1) / s) + 1`.
 //! Example: the patch embedding `[B, 3, 224, 224]`, `w [192, 3, 16, 16]`, stride 16 -> `[B, 192, 14, 14]` contracts the input
 //! channels and costs `B * 192 * 14 * 14 * 3 * 16 * 16` MACs. Spatial axes are barriers unless the kernel looks at one position.
+
+pub mod transpose;
 
 use super::matmul::{contradict, product};
 use super::{Axes, Cost, CostCx, Grad, OpRule, Refit};
@@ -26,16 +27,7 @@ pub static RULES: &[OpRule] = &[
         cost: Cost::Rule(conv_cost),
         refit: Refit::Rule(conv_refit),
     },
-    OpRule {
-        name: "ConvTranspose",
-        domain: "",
-        opsets: (1, 24),
-        infer: conv_transpose_infer,
-        axes: Axes::Rule(conv_transpose_axes),
-        grad: Grad::Rule(conv_transpose_grad),
-        cost: Cost::Rule(conv_transpose_cost),
-        refit: Refit::Rule(conv_transpose_refit),
-    },
+    transpose::RULE,
 ];
 
 /// How many positions are added around the input.
@@ -178,8 +170,11 @@ fn group(node: &Node) -> i64 {
     node.attr_int("group").unwrap_or(1).max(1)
 }
 
-/// Shapes of x and w and the window, once x has spatial axes and w as many.
-fn parts<'a>(node: &Node, x: Option<&'a [Dim]>, w: Option<&'a [Dim]>) -> Option<(&'a [Dim], &'a [Dim], Result<Window, String>)> {
+/// Shapes of x and w, and the window or what is wrong with it.
+type Parts<'a> = (&'a [Dim], &'a [Dim], Result<Window, String>);
+
+/// What a rule needs of the operands, where their ranks are known.
+fn parts<'a>(node: &Node, x: Option<&'a [Dim]>, w: Option<&'a [Dim]>) -> Option<Parts<'a>> {
     let (x, w) = (x?, w?);
     if x.len() < 3 || x.len() != w.len() {
         let what = format!("an input of rank {} and a weight of rank {}", x.len(), w.len());
@@ -260,11 +255,6 @@ fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
 /// Groups that remain = input channels that remain / those of one group.
 fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     refit_group(cx, cx.kept_input(0, 1).map(<[usize]>::len), cx.old_input(0).get(1).and_then(Dim::size))
-}
-
-/// Groups that remain = output channels that remain / those of one group.
-fn conv_transpose_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
-    refit_group(cx, cx.kept_output(0, 1).map(<[usize]>::len), cx.old_output(0).get(1).and_then(Dim::size))
 }
 
 fn refit_group(cx: &mut RefitCx<'_>, kept: Option<usize>, old: Option<usize>) -> Result<(), RefitError> {
@@ -352,7 +342,8 @@ fn conv_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     Ok(())
 }
 
-/// `dX = ConvTranspose(dY, W)`, which is padded to the input's size.
+/// `dX = ConvTranspose(dY, W)`, padded to the input's size. Where that is not known before the run, it is padded by all that a
+/// stride can leave over, and cut to the size that the input has.
 pub(super) fn spread(
     cx: &mut GradCx<'_>,
     dy: ValueId,
@@ -360,20 +351,35 @@ pub(super) fn spread(
     window: &Window,
     geometry: &Geometry,
 ) -> Result<ValueId, String> {
-    let (shape_x, shape_y) = (cx.shape(cx.input(0)), cx.shape(cx.output(0)));
-    let mut output_padding = Vec::new();
-    for axis in 0..window.rank() {
+    let (x, rank) = (cx.input(0), window.rank());
+    let (shape_x, shape_y) = (cx.shape(x), cx.shape(cx.output(0)));
+    let (mut output_padding, mut exact) = (Vec::new(), true);
+    for axis in 0..rank {
         let (input, output) = (&shape_x[axis + 2], &shape_y[axis + 2]);
         let padded = &(input + &Dim::from(geometry.pads[axis].0)) + &Dim::from(geometry.pads[axis].1);
         let covered = &(&(output - &Dim::from(1i64)) * &window.stride(axis)) + &window.reach(axis);
-        let rest = (&padded - &covered).known();
-        output_padding.push(rest.filter(|r| *r >= 0).ok_or("a strided convolution over a size that is not known")?);
+        output_padding.push(match (&padded - &covered).known() {
+            Some(rest) if rest < 0 => return Err("windows that reach past the end of the input".to_string()),
+            Some(rest) => rest,
+            None => {
+                exact = false;
+                window.strides[axis] - 1
+            }
+        });
     }
     let mut attrs = geometry.attrs();
     if output_padding.iter().any(|p| *p != 0) {
         attrs.push(attr("output_padding", AttrValue::Ints(output_padding)));
     }
-    Ok(cx.b.op("ConvTranspose", &[dy, w], attrs))
+    let dx = cx.b.op("ConvTranspose", &[dy, w], attrs);
+    if exact {
+        return Ok(dx);
+    }
+    let axes: Vec<i64> = (2..2 + rank as i64).collect();
+    let sizes = cx.b.shape_of(x);
+    let (starts, axes) = (cx.b.ints(&vec![0; rank]), cx.b.ints(&axes));
+    let ends = cx.b.gather(sizes, axes, 0);
+    Ok(cx.b.op("Slice", &[dx, starts, ends, axes], vec![]))
 }
 
 /// The axes of an input cut into patches: `[B, C, o1, k1, o2, ..]`, where a kernel of 1 has no axis of its own.
@@ -481,99 +487,6 @@ fn correlate(
     Ok(cx.b.transpose(dw, &swap))
 }
 
-/// Output size, and the positions taken off before and after, of a spatial axis of ConvTranspose.
-fn transpose_axis(node: &Node, window: &Window, axis: usize, input: &Dim) -> (Dim, Option<(i64, i64)>) {
-    let extra = node.attr_ints("output_padding").and_then(|p| p.get(axis)).copied().unwrap_or(0);
-    let covered = &(&(&(input - &Dim::from(1i64)) * &window.stride(axis)) + &window.reach(axis)) + &Dim::from(extra);
-    let asked = node.attr_ints("output_shape").and_then(|s| s.get(s.len().checked_sub(window.rank())? + axis)).copied();
-    let (out, upper) = match (asked, &window.padding) {
-        (Some(n), Padding::Same { upper: true }) => (Dim::from(n), true),
-        (Some(n), _) => (Dim::from(n), false),
-        (None, Padding::Same { upper }) => (input * &window.stride(axis), *upper),
-        (None, Padding::Explicit(p)) => return (&covered - &Dim::from(p[axis].0 + p[axis].1), Some(p[axis])),
-    };
-    let total = (&covered - &out).known().map(|t| t.max(0));
-    let split = |t: i64| if upper { (t / 2, t - t / 2) } else { (t - t / 2, t / 2) };
-    (out, total.map(split))
-}
-
-fn conv_transpose_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let Some((x, w, window)) = parts(cx.node, cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
-    let window = window.map_err(|e| cx.error(e))?;
-    if contradict(&x[1], &w[0]) {
-        return Err(cx.error(format!("{} input channels, the weight takes {}", x[1], w[0])));
-    }
-    let mut out = vec![x[0].clone(), &w[1] * &Dim::from(group(cx.node))];
-    out.extend((0..window.rank()).map(|axis| transpose_axis(cx.node, &window, axis, &x[axis + 2]).0));
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
-}
-
-/// One group: `b |c| .., |c| m .. -> b m ..`. Groups: channels are `(g, c/g)` and `(g, m/g)`, the group is parallel.
-fn conv_transpose_axes(cx: &AxesCx<'_>) -> Relations {
-    let mut relations = Relations::default();
-    let (x, out) = (Slot::In(0), Slot::Out(0));
-    let Some((_, w, Ok(window))) = parts(cx.node, Some(cx.shape(x)), Some(cx.shape(Slot::In(1)))) else { return relations };
-    let g = Dim::from(group(cx.node));
-    relations.same((x, 0), (out, 0));
-    if g.is(1) {
-        relations.contract((x, 1), (Slot::In(1), 0));
-        relations.same((Slot::In(1), 1), (out, 1));
-    } else {
-        let per_group = w[0].floor_div(&g);
-        let (x_group, x_inner) = grouped(&mut relations, (x, 1), &g, &per_group);
-        let (w_group, w_inner) = grouped(&mut relations, (Slot::In(1), 0), &g, &per_group);
-        let (y_group, y_inner) = grouped(&mut relations, (out, 1), &g, &w[1]);
-        relations.same(x_group, w_group);
-        relations.same(w_group, y_group);
-        if let (Some(a), Some(b)) = (x_inner, w_inner) {
-            relations.contract(a, b);
-        }
-        if let Some(inner) = y_inner {
-            relations.same((Slot::In(1), 1), inner);
-        }
-    }
-    relate_bias_and_kernel(cx, &mut relations, &window);
-    let whole = |axis: usize| {
-        let size = &cx.shape(x)[axis + 2];
-        window.is_pointwise(axis) && transpose_axis(cx.node, &window, axis, size).0 == *size
-    };
-    relate_spatial(&mut relations, whole, window.rank(), "convolution mixes positions");
-    relations
-}
-
-/// `elements of the input * M/g * kernel positions`
-fn conv_transpose_cost(cx: &CostCx<'_>) -> Option<Dim> {
-    let (x, w) = (cx.inputs.first().copied().flatten()?, cx.inputs.get(1).copied().flatten()?);
-    Some(&x.iter().product::<Dim>() * &w.get(1..)?.iter().product::<Dim>())
-}
-
-/// `dX = Conv(dY, W)` with the same window; `dW` as for Conv, input and output having changed places.
-fn conv_transpose_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
-    let dy = cx.dy()?;
-    let (x, w) = (cx.input(0), cx.input(1));
-    let (shape_x, shape_w) = (cx.shape(x), cx.shape(w));
-    let Some((_, _, window)) = parts(cx.node(), Some(shape_x), Some(shape_w)) else { return Err("no shapes".to_string()) };
-    let window = window?;
-    let rank = window.rank();
-    bias_grad(cx, dy, rank);
-    let pads: Option<Vec<_>> = (0..rank).map(|a| transpose_axis(cx.node(), &window, a, &shape_x[a + 2]).1).collect();
-    let pads = pads.ok_or("the padding depends on sizes that are not known")?;
-    let extra = cx.node().attr_ints("output_padding").unwrap_or(&[]);
-    if extra.iter().zip(&window.strides).any(|(e, s)| e >= s) {
-        return Err("an output padding of a whole stride".to_string());
-    }
-    let geometry = Geometry { strides: window.strides, dilations: window.dilations, pads, group: group(cx.node()) };
-    if cx.wants(0) {
-        let dx = cx.b.op("Conv", &[dy, w], geometry.attrs());
-        cx.give(0, dx);
-    }
-    if cx.wants(1) {
-        let dw = correlate(cx, (dy, x), &geometry, shape_w)?;
-        cx.give(1, dw);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -607,17 +520,21 @@ mod tests {
         }
         assert!(shapes(&graph("Conv", 17, &["1 4 9 9", "4 3 3 3"], vec![], 1)).is_err());
         assert!(shapes(&graph("Conv", 17, &["1 3 2 2", "4 3 3 3"], vec![], 1)).is_err());
-        let doubled = vec![list("strides", &[2, 2])];
-        assert_eq!(shapes(&graph("ConvTranspose", 17, &["b 8 7 7", "8 4 2 2"], doubled, 1)), Ok(vec!["b 4 14 14".into()]));
-        let same = vec![auto_pad("SAME_UPPER"), list("strides", &[2, 2])];
-        assert_eq!(shapes(&graph("ConvTranspose", 17, &["b 8 7 h", "8 4 3 3"], same, 1)), Ok(vec!["b 4 14 2*h".into()]));
     }
 
     #[test]
     fn channels_are_contracted_and_positions_are_barriers() {
         let g = graph("Conv", 17, &["b 3 224 224", "192 3 16 16", "192"], vec![list("strides", &[16, 16])], 1);
         let expected = [
-            "in0.0=out0.0", "in0.1*in1.1", "in1.0=out0.1", "in2.0=out0.1", "!in1.2", "!in1.3", "!in0.2", "!out0.2", "!in0.3",
+            "in0.0=out0.0",
+            "in0.1*in1.1",
+            "in1.0=out0.1",
+            "in2.0=out0.1",
+            "!in1.2",
+            "!in1.3",
+            "!in0.2",
+            "!out0.2",
+            "!in0.3",
             "!out0.3",
         ];
         assert_eq!(links(&g), expected);
@@ -632,12 +549,17 @@ mod tests {
         assert_eq!(links(&g), ["in0.0=out0.0", "in0.1=in1.0", "in1.0=out0.1", "in2.0=out0.1", "in0.2=out0.2"]);
         let g = graph("Conv", 17, &["b 8 7", "6 4 1"], vec![groups(2)], 1);
         let expected = [
-            "in0.0=out0.0", "in0.1~v0.0,v0.1", "in1.0~v1.0,v1.1", "out0.1~v2.0,v2.1", "v0.0=v1.0", "v1.0=v2.0", "v1.1=v2.1",
-            "v0.1*in1.1", "in0.2=out0.2",
+            "in0.0=out0.0",
+            "in0.1~v0.0,v0.1",
+            "in1.0~v1.0,v1.1",
+            "out0.1~v2.0,v2.1",
+            "v0.0=v1.0",
+            "v1.0=v2.0",
+            "v1.1=v2.1",
+            "v0.1*in1.1",
+            "in0.2=out0.2",
         ];
         assert_eq!(links(&g), expected);
-        let g = graph("ConvTranspose", 17, &["b 8 7", "8 1 2"], vec![groups(8)], 1);
-        assert_eq!(links(&g), ["in0.0=out0.0", "in0.1=in1.0", "in1.0=out0.1", "!in1.2", "!in0.2", "!out0.2"]);
     }
 
     #[test]

@@ -270,7 +270,8 @@ fn expand_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
         // The target is aligned at the end; axes before it come from the input alone.
         let Some(entry) = (axis + entries_count).checked_sub(output) else { continue };
         if !target.is_some_and(|t| t[entry].is(1)) {
-            entries.push((entry, kept as i64));
+            // 1 takes the input's own size, where that is only known at run time.
+            entries.push((entry, kept.max(1) as i64));
         }
     }
     cx.patch_ints(1, entries);

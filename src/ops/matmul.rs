@@ -92,8 +92,8 @@ fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
     let batch = out.len() - rows - columns;
     for (slot, shape) in [(0, a), (1, b)] {
         let own = shape.len().saturating_sub(2);
-        for axis in 0..own {
-            relate_broadcast(&mut relations, ((Slot::In(slot), axis), &shape[axis]), batch - own + axis, out);
+        for (axis, size) in shape.iter().enumerate().take(own) {
+            relate_broadcast(&mut relations, ((Slot::In(slot), axis), size), batch - own + axis, out);
         }
     }
     if rows == 1 {
@@ -306,19 +306,13 @@ fn gemm_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let alpha = cx.node().attr_float("alpha").unwrap_or(1.0);
     let beta = cx.node().attr_float("beta").unwrap_or(1.0);
     if cx.wants(0) {
-        let da = if trans_a {
-            product(cx, (b, trans_b), (dy, true), alpha)
-        } else {
-            product(cx, (dy, false), (b, !trans_b), alpha)
-        };
+        let da =
+            if trans_a { product(cx, (b, trans_b), (dy, true), alpha) } else { product(cx, (dy, false), (b, !trans_b), alpha) };
         cx.give(0, da);
     }
     if cx.wants(1) {
-        let db = if trans_b {
-            product(cx, (dy, true), (a, trans_a), alpha)
-        } else {
-            product(cx, (a, !trans_a), (dy, false), alpha)
-        };
+        let db =
+            if trans_b { product(cx, (dy, true), (a, trans_a), alpha) } else { product(cx, (a, !trans_a), (dy, false), alpha) };
         cx.give(1, db);
     }
     if cx.wants(2) {
@@ -409,6 +403,7 @@ pub(super) mod one_node {
                 let (first, last) = (index.first().copied().unwrap_or(0), index.last().copied().unwrap_or(0));
                 format!("{}[{first}..={last}]>{}@{start}", at(from), at(to))
             }
+            Link::Unread(a) => format!("?{}", at(a)),
             Link::Barrier(a, _) => format!("!{}", at(a)),
         };
         relations(g).links.iter().map(text).collect()
@@ -433,7 +428,8 @@ pub(super) mod one_node {
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
         let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
-        let mut cx = RefitCx { graph: g, id, facts: &f, kept: &find, patches: Vec::new() };
+        let original = g.clone();
+        let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
         rule(&mut cx).map_err(|e| e.what)?;
         Ok(cx.patches)
     }

@@ -21,8 +21,6 @@ pub mod select;
 pub mod shape;
 pub mod softmax;
 
-#[cfg(test)]
-pub(crate) mod probe;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};

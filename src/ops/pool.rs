@@ -158,6 +158,10 @@ fn average_pool_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
         cx.give(0, dx);
         return Ok(());
     }
+    let past_end = |a: usize| window.slack(a, &shape[a + 2]).is_some_and(|s| !s.modulo(&Dim::from(window.strides[a])).is(0));
+    if cx.node().attr_int("ceil_mode").unwrap_or(0) != 0 && (0..rank).any(past_end) {
+        return Err("windows that may reach past the end of the input".to_string());
+    }
     let channels = shape[1].known().ok_or("the number of channels is not known")?;
     let pads: Option<Vec<_>> = (0..rank).map(|a| window.pads(a, &shape[a + 2])).collect();
     let pads = pads.ok_or("the padding depends on sizes that are not known")?;
@@ -207,8 +211,17 @@ fn is_crd(node: &Node) -> bool {
 fn depth_to_space_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let Some([n, c, h, w]) = cx.shape(0) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
     let b = Dim::from(block(cx.node).map_err(|e| cx.error(e))?);
-    let inner = c.exact_div(&(&b * &b)).ok_or_else(|| cx.error(format!("{c} channels in blocks of {b} x {b}")))?;
+    let inner = per_block(c, &(&b * &b)).map_err(|e| cx.error(e))?;
     Ok(vec![Fact::new(cx.dtype(0), Some(vec![n.clone(), inner, h * &b, w * &b]))])
+}
+
+/// Channels per block position. Sizes that are no numbers are taken to divide, as the operator demands.
+fn per_block(channels: &Dim, positions: &Dim) -> Result<Dim, String> {
+    match (channels.exact_div(positions), channels.known(), positions.known()) {
+        (Some(inner), ..) => Ok(inner),
+        (None, Some(_), Some(_)) => Err(format!("{channels} channels in blocks of {positions} positions")),
+        (None, ..) => Ok(channels.floor_div(positions)),
+    }
 }
 
 fn space_to_depth_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
@@ -238,10 +251,20 @@ fn block_axes(cx: &AxesCx<'_>, deep: Slot, wide: Slot) -> Relations {
     factors[channel] = large[1].clone();
     let parts = relations.virtual_value(factors);
     relations.same((deep, 0), (wide, 0));
-    relations.regroup((deep, vec![1]), (parts, vec![0, 1, 2]));
-    relations.same((parts, channel), (wide, 1));
+    if &(&b * &b) * &large[1] == small[1] {
+        relations.regroup((deep, vec![1]), (parts, vec![0, 1, 2]));
+        relations.same((parts, channel), (wide, 1));
+    } else {
+        relations.barrier((deep, 1), "channels of a number that is not known");
+        relations.barrier((wide, 1), "channels of a number that is not known");
+    }
     for axis in 0..2 {
         let split = relations.virtual_value(vec![small[axis + 2].clone(), b.clone()]);
+        if &small[axis + 2] * &b != large[axis + 2] {
+            relations.barrier((deep, axis + 2), "positions of a number that is not known");
+            relations.barrier((wide, axis + 2), "positions of a number that is not known");
+            continue;
+        }
         relations.regroup((wide, vec![axis + 2]), (split, vec![0, 1]));
         relations.same((deep, axis + 2), (split, 0));
         relations.same((parts, rows + axis), (split, 1));
@@ -283,7 +306,7 @@ fn col2im_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     };
     let [n, c, _] = x else { return Err(cx.error(format!("an input of rank {}, expected 3", x.len()))) };
     let positions: Dim = block.iter().product();
-    let channels = c.exact_div(&positions).ok_or_else(|| cx.error(format!("{c} channels in blocks of {positions}")))?;
+    let channels = per_block(c, &positions).map_err(|e| cx.error(e))?;
     Ok(vec![Fact::new(cx.dtype(0), Some([&[n.clone(), channels], image].concat()))])
 }
 
@@ -296,9 +319,14 @@ fn col2im_axes(cx: &AxesCx<'_>) -> Relations {
     }
     let split = relations.virtual_value(vec![y[1].clone(), x[1].floor_div(&y[1])]);
     relations.same((Slot::In(0), 0), (Slot::Out(0), 0));
-    relations.regroup((Slot::In(0), vec![1]), (split, vec![0, 1]));
-    relations.same((split, 0), (Slot::Out(0), 1));
-    relations.barrier((split, 1), "positions inside a block");
+    if (&y[1] * &x[1].floor_div(&y[1])) == x[1] {
+        relations.regroup((Slot::In(0), vec![1]), (split, vec![0, 1]));
+        relations.same((split, 0), (Slot::Out(0), 1));
+        relations.barrier((split, 1), "positions inside a block");
+    } else {
+        relations.barrier((Slot::In(0), 1), "channels of a number that is not known");
+        relations.barrier((Slot::Out(0), 1), "channels of a number that is not known");
+    }
     relations.barrier((Slot::In(0), 2), "blocks overlap");
     (2..y.len()).for_each(|axis| relations.barrier((Slot::Out(0), axis), "blocks overlap"));
     relations
@@ -346,12 +374,28 @@ fn stretches(node: &Node, opset: i64, x: &[Dim], known: &dyn Fn(usize) -> Option
             _ => unknown.clone(),
         };
     }
+    if let (None, Some(Known::Ints(sizes)), false, false) = (&given.0, &given.1, even, crops) {
+        let smallest = node.attr_str("keep_aspect_ratio_policy") == Some("not_larger");
+        keep_aspect(&mut out, x, sizes, smallest);
+    }
     Ok(out)
+}
+
+/// One scale for all axes that are resized: the smallest (`not_larger`) or the largest of `size / in`, then rounded, halves up.
+fn keep_aspect(out: &mut [Stretch], x: &[Dim], sizes: &[Dim], smallest: bool) {
+    let resized: Vec<usize> = (0..x.len()).filter(|a| out[*a].out.is_none()).collect();
+    let ratio = |(axis, size): (&usize, &Dim)| Some(size.known()? as f64 / x[*axis].known().filter(|n| *n > 0)? as f64);
+    let Some(ratios) = resized.iter().zip(sizes).map(ratio).collect::<Option<Vec<f64>>>() else { return };
+    let scale = ratios.into_iter().reduce(if smallest { f64::min } else { f64::max }).unwrap_or(1.0);
+    for axis in resized {
+        let size = x[axis].known().map(|n| Dim::from((n as f64 * scale + 0.5).floor() as i64));
+        out[axis] = Stretch { out: size, scale: Some(scale), whole: scale == 1.0 };
+    }
 }
 
 /// `floor(in * scale)`
 fn by_scale(size: &Dim, scale: f64) -> Stretch {
-    let exact = |v: f64| (v >= 1.0 && v < 1e9 && (v - v.round()).abs() < 1e-9).then(|| Dim::from(v.round() as i64));
+    let exact = |v: f64| ((1.0..1e9).contains(&v) && (v - v.round()).abs() < 1e-9).then(|| Dim::from(v.round() as i64));
     let out = match (size.known(), exact(scale), exact(1.0 / scale)) {
         (Some(n), ..) => Some(Dim::from((n as f32 * scale as f32).floor() as i64)),
         (None, Some(up), _) => Some(size * &up),
@@ -485,7 +529,12 @@ mod tests {
             // The last window would start in the padding behind the input.
             (
                 "b 8 5",
-                vec![list("kernel_shape", &[2]), list("strides", &[3]), list("pads", &[1, 1]), ints(&[("ceil_mode", 1)]).remove(0)],
+                vec![
+                    list("kernel_shape", &[2]),
+                    list("strides", &[3]),
+                    list("pads", &[1, 1]),
+                    ints(&[("ceil_mode", 1)]).remove(0),
+                ],
                 "b 8 2",
             ),
         ];
@@ -513,8 +562,17 @@ mod tests {
         let g = graph("DepthToSpace", 13, &["n 12 h 5"], ints(&[("blocksize", 2)]), 1);
         assert_eq!(shapes(&g), Ok(vec!["n 3 2*h 10".to_string()]));
         let expected = [
-            "in0.0=out0.0", "in0.1~v0.0,v0.1,v0.2", "v0.2=out0.1", "out0.2~v1.0,v1.1", "in0.2=v1.0", "v0.0=v1.1", "!v1.1",
-            "out0.3~v2.0,v2.1", "in0.3=v2.0", "v0.1=v2.1", "!v2.1",
+            "in0.0=out0.0",
+            "in0.1~v0.0,v0.1,v0.2",
+            "v0.2=out0.1",
+            "out0.2~v1.0,v1.1",
+            "in0.2=v1.0",
+            "v0.0=v1.1",
+            "!v1.1",
+            "out0.3~v2.0,v2.1",
+            "in0.3=v2.0",
+            "v0.1=v2.1",
+            "!v2.1",
         ];
         assert_eq!(links(&g), expected);
         assert_eq!(shapes(&graph("SpaceToDepth", 13, &["n 3 4 6"], ints(&[("blocksize", 2)]), 1)), Ok(vec!["n 12 2 3".into()]));

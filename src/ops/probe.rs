@@ -111,7 +111,8 @@ impl Probe {
         let id = self.producer(v);
         let kept = |value: ValueId, axis: usize| cut.iter().find(|c| c.0 == value && c.1 == axis).map(|c| c.2);
         let op = self.graph.node(id).op().to_string();
-        let mut cx = RefitCx { graph: &mut self.graph, id, facts: &facts, kept: &kept, patches: Vec::new() };
+        let original = self.graph.clone();
+        let mut cx = RefitCx { graph: &mut self.graph, original: &original, origin: id, id, facts: &facts, kept: &kept, patches: Vec::new() };
         match ops::lookup("", &op).expect("the operator has a record").refit {
             Refit::Nothing => {}
             Refit::Rule(rule) => rule(&mut cx).map_err(|e| e.what)?,
@@ -194,6 +195,7 @@ fn show_link(link: &Link) -> String {
         Link::Same(a, b) => format!("{} = {}", at(a), at(b)),
         Link::Contract(a, b) => format!("{} x {}", at(a), at(b)),
         Link::Sum(a) => format!("sum {}", at(a)),
+        Link::Unread(a) => format!("{} unread", at(a)),
         Link::Regroup((a, x), (b, y)) => format!("{}{x:?} ~ {}{y:?}", slot(a), slot(b)),
         Link::Select { from, to, index, at: first } => format!("{}{index:?} -> {}@{first}", at(from), at(to)),
         Link::Barrier(a, reason) => format!("{} | {reason}", at(a)),

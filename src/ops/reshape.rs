@@ -213,6 +213,7 @@ fn reshape_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     let (input, output) = (cx.old_input(0), cx.old_output(0));
     let mut entries = Vec::new();
     for (axis, size) in output.iter().enumerate() {
+        // Of an axis that is only known at run time what is left is computed.
         let kept = cx.kept_output(0, axis).map(<[_]>::len);
         let wanted = kept.or(size.size());
         let cut = match cx.old_ints(1).and_then(|t| t.get(axis)).and_then(Dim::known) {
@@ -225,7 +226,9 @@ fn reshape_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
             }
             _ => kept.is_some(),
         };
-        if cut {
+        if cut && cx.kept_output(0, axis).is_some_and(<[_]>::is_empty) {
+            entries.push((axis, -1));
+        } else if cut {
             let wanted =
                 wanted.ok_or_else(|| cx.error(format!("output axis {axis} has no fixed size to write into the target")))?;
             entries.push((axis, wanted as i64));

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// What copying one part needs.
 pub(super) struct Brancher<'a> {
     pub(super) graph: &'a mut Graph,
+    original: &'a Graph,
     pub(super) facts: &'a Facts,
     pub(super) axes: &'a crate::axes::Axes,
     pub(super) cut: &'a CutSet<'a>,
@@ -32,18 +33,18 @@ type Cases = BTreeSet<usize>;
 impl<'a> Brancher<'a> {
     pub(super) fn new(
         graph: &'a mut Graph,
+        original: &'a Graph,
         facts: &'a Facts,
         axes: &'a crate::axes::Axes,
         cut: &'a CutSet<'a>,
         ragged: &'a BTreeSet<CarrierId>,
     ) -> Self {
-        Self { graph, facts, axes, cut, ragged, patches: Vec::new(), made: BTreeMap::new() }
+        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), made: BTreeMap::new() }
     }
 
     /// Replaces every value that is picked from a ragged one.
     pub(super) fn run(&mut self) -> Result<(), RefitError> {
-        for id in self.graph.order().to_vec() {
-            let node = self.graph.node(id).clone();
+        for (id, node) in self.original.nodes() {
             let Some(slot) = (0..node.inputs().len()).find(|s| self.is_ragged(id, Slot::In(*s))) else { continue };
             let input = self.axes.carrier_at(self.graph, id, Slot::In(slot)).expect("found above");
             for (n, out) in node.outputs().iter().enumerate() {
@@ -86,7 +87,7 @@ impl<'a> Brancher<'a> {
         }
         let value = ValueId::new(carrier);
         let made = if self.ragged.contains(&carrier) {
-            let Some((producer, _)) = self.graph.value(value).producer() else {
+            let Some((producer, _)) = self.original.value(value).producer() else {
                 return Err(self.error(reader, "a constant of unlike parts"));
             };
             self.copy(producer, carrier, cases)?
@@ -99,7 +100,7 @@ impl<'a> Brancher<'a> {
 
     /// A copy of the producer of a ragged value for some of its cases.
     fn copy(&mut self, id: NodeId, out: CarrierId, cases: &Cases) -> Result<ValueId, RefitError> {
-        let node = self.graph.node(id).clone();
+        let node = self.original.node(id).clone();
         if node.outputs().iter().flatten().count() != 1 {
             return Err(self.error(id, "it makes several values of unlike parts"));
         }
@@ -143,10 +144,10 @@ impl<'a> Brancher<'a> {
     }
 
     fn refit(&mut self, origin: NodeId, id: NodeId, kept: &BTreeMap<(ValueId, usize), Vec<usize>>) -> Result<(), RefitError> {
-        let node = self.graph.node(origin);
+        let node = self.original.node(origin);
         let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { return Ok(()) };
         let look = |v: ValueId, axis: usize| kept.get(&(v, axis)).map(Vec::as_slice);
-        let mut cx = RefitCx { graph: self.graph, origin, id, facts: self.facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx { graph: self.graph, original: self.original, origin, id, facts: self.facts, kept: &look, patches: Vec::new() };
         rule(&mut cx)?;
         let patches = std::mem::take(&mut cx.patches);
         self.patches.extend(patches.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
@@ -172,7 +173,7 @@ impl<'a> Brancher<'a> {
             let after = match self.cut.stays((carrier, axis)) {
                 Stays::Positions(p) => p,
                 Stays::Whole => (0..self.axes.carriers()[carrier].shape[axis].size().unwrap_or(0)).collect(),
-                Stays::Ragged => return Err(self.error(reader, "parts of unlike width on one axis")),
+                Stays::Ragged | Stays::Scaled => return Err(self.error(reader, "parts of unlike width on one axis")),
             };
             if after == wanted {
                 continue;

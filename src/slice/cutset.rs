@@ -59,6 +59,8 @@ pub enum Stays {
     Whole,
     /// These positions, in order.
     Positions(Vec<usize>),
+    /// Fewer, on an axis whose size is only known at run time (`batch * heads`).
+    Scaled,
     /// A different number in different cases: the value is not a block any more.
     Ragged,
 }
@@ -195,6 +197,10 @@ impl<'a> CutSet<'a> {
         }
         if ragged {
             return Stays::Ragged;
+        }
+        let symbolic = patterns.is_empty();
+        if symbolic && self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c)) {
+            return Stays::Scaled;
         }
         let mut kept: Vec<usize> = Vec::new();
         let mut lost = false;

@@ -139,7 +139,7 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     };
     shapes::freeze(&mut out, facts, &new_size);
     let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
-    let mut brancher = branch::Brancher::new(&mut out, facts, &anatomy.axes, &cut, &ragged);
+    let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
     brancher.run()?;
     patches.append(&mut brancher.patches);
     for (at, entries) in patches {
@@ -195,10 +195,11 @@ fn refit_nodes(
             let carrier = carriers.iter().find(|(s, _)| at(s) == Some(v)).map(|(_, c)| *c)?;
             match stays.get(&(carrier, axis)) {
                 Some(Stays::Positions(p)) => Some(p.as_slice()),
+                Some(Stays::Scaled) => Some(&[][..]),
                 _ => None,
             }
         };
-        let mut cx = RefitCx { graph: out, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new() };
         rule(&mut cx)?;
         let found = std::mem::take(&mut cx.patches);
         patches.extend(found.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));

@@ -18,12 +18,15 @@ pub struct RefitError {
 /// What a `refit` rule sees: the node as it was, with all shapes from before the cut, and what stays of them.
 pub struct RefitCx<'a> {
     pub(crate) graph: &'a mut Graph,
+    /// The graph as it was analysed.
+    pub(crate) original: &'a Graph,
     /// The node as it was analysed.
     pub(crate) origin: NodeId,
     /// The node to change: the same, or a copy of it that handles one part of a value.
     pub(crate) id: NodeId,
     pub(crate) facts: &'a Facts,
-    /// Positions of the old axis that stay, in order, for axes that lost some.
+    /// Positions of the old axis that stay, in order, for axes that lost some; no positions where the axis lost some but its size
+    /// is only known at run time (`batch * heads`).
     pub(crate) kept: &'a dyn Fn(ValueId, usize) -> Option<&'a [usize]>,
     /// Constants that the operator asked to replace: (input slot, new integers where they change).
     pub(crate) patches: Vec<(usize, Vec<(usize, i64)>)>,
@@ -31,13 +34,13 @@ pub struct RefitCx<'a> {
 
 impl<'a> RefitCx<'a> {
     /// The node as it was.
-    pub fn node(&self) -> &Node {
-        self.graph.node(self.origin)
+    pub fn node(&self) -> &'a Node {
+        self.original.node(self.origin)
     }
 
     /// Opset of the node's domain.
     pub fn opset(&self) -> i64 {
-        self.graph.opset(self.node().domain()).unwrap_or(0)
+        self.original.opset(self.node().domain()).unwrap_or(0)
     }
 
     /// Shape of input `slot` before the cut; empty where it is left out or unknown.
@@ -55,12 +58,12 @@ impl<'a> RefitCx<'a> {
         self.facts.get(self.node().input(slot)?).known.as_ref()?.ints()
     }
 
-    /// Positions that stay of an input's axis; `None` where the axis is whole.
+    /// Positions that stay of an input's axis; `None` where the axis is whole, empty where its size is only known at run time.
     pub fn kept_input(&self, slot: usize, axis: usize) -> Option<&'a [usize]> {
         (self.kept)(self.node().input(slot)?, axis)
     }
 
-    /// Positions that stay of an output's axis; `None` where the axis is whole.
+    /// Positions that stay of an output's axis; `None` where the axis is whole, empty where its size is only known at run time.
     pub fn kept_output(&self, slot: usize, axis: usize) -> Option<&'a [usize]> {
         (self.kept)(self.node().output(slot)?, axis)
     }
@@ -82,6 +85,6 @@ impl<'a> RefitCx<'a> {
 
     /// The error of this node.
     pub fn error(&self, what: impl Into<String>) -> RefitError {
-        RefitError { node: self.graph.label(self.origin), op: self.node().op().to_string(), what: what.into() }
+        RefitError { node: self.original.label(self.origin), op: self.node().op().to_string(), what: what.into() }
     }
 }

@@ -15,9 +15,9 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
     for id in graph.order().to_vec() {
         let node = graph.node(id).clone();
         let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
-        let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(facts, &tainted, size, v))).collect();
+        let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(graph, facts, &tainted, size, v))).collect();
         let reads_shape = matches!(rule.axes, ops::Axes::ShapeOnly);
-        let reads_tainted = node.inputs().iter().flatten().any(|v| tainted[*v].is_some());
+        let reads_tainted = node.inputs().iter().flatten().any(|v| tainted.get(*v).is_some_and(Option::is_some));
         if !reads_shape && !reads_tainted {
             continue;
         }
@@ -50,13 +50,17 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
 
 /// The fact of a value after the cut, content included where it is shape arithmetic.
 fn after(
+    graph: &Graph,
     facts: &Facts,
     tainted: &SideMap<ValueId, Option<Fact>>,
     size: &dyn Fn(ValueId, usize) -> Option<usize>,
     v: ValueId,
 ) -> Fact {
-    if let Some(fact) = &tainted[v] {
-        return fact.clone();
+    match tainted.get(v) {
+        // A number that was frozen a moment ago.
+        None => return graph.constant(v).map_or_else(Fact::default, |t| Fact::of_tensor(&t)),
+        Some(Some(fact)) => return fact.clone(),
+        Some(None) => {}
     }
     let mut fact = facts.get(v).clone();
     if let Some(shape) = &mut fact.shape {
@@ -72,7 +76,7 @@ fn after(
 /// Gives a node that reads a changed shape vector the original's numbers: `Where(is number, number, vector)`.
 fn restore_source(graph: &mut Graph, facts: &Facts, id: NodeId, tainted: &SideMap<ValueId, Option<Fact>>) {
     for slot in 0..graph.node(id).inputs().len() {
-        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.len() > crate::graph::Id::index(*v) && tainted[*v].is_some())
+        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some))
         else {
             continue;
         };
@@ -137,7 +141,7 @@ pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize
         }
         return;
     }
-    let len = facts_len(graph, facts, v, at, entries);
+    let len = length(graph, facts, v).unwrap_or_else(|| entries.iter().map(|(i, _)| i + 1).max().unwrap_or(0));
     match graph.value(v).producer().map(|(n, _)| (n, graph.node(n).clone())) {
         Some((concat, node)) if node.op() == "Concat" => {
             let target = if alone { concat } else { copy_node(graph, concat, at) };
@@ -150,11 +154,15 @@ pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize
     }
 }
 
-fn facts_len(graph: &Graph, facts: &Facts, v: ValueId, at: Use, entries: &[(usize, i64)]) -> usize {
-    let known = (crate::graph::Id::index(v) < facts.len()).then(|| facts.get(v)).and_then(|f| f.shape.as_ref());
-    let len = known.and_then(|s| s.first()).and_then(Dim::size);
-    let _ = (graph, at);
-    len.unwrap_or_else(|| entries.iter().map(|(i, _)| i + 1).max().unwrap_or(0))
+/// Length of an integer vector; of one that was put in a moment ago, too.
+fn length(graph: &Graph, facts: &Facts, v: ValueId) -> Option<usize> {
+    let new = facts.shape(v).is_none();
+    match (graph.constant(v), graph.value(v).producer()) {
+        (Some(t), _) => t.dims.first().copied(),
+        // An overlay: as long as its numbers.
+        (None, Some((n, _))) if new && graph.node(n).op() == "Where" => length(graph, facts, graph.node(n).input(1)?),
+        _ => facts.shape(v)?.first()?.size(),
+    }
 }
 
 /// A copy of a node for one reader of its first output.
@@ -180,7 +188,7 @@ fn patch_pieces(graph: &mut Graph, facts: &Facts, concat: NodeId, entries: &[(us
     let mut start = 0;
     for slot in 0..graph.node(concat).inputs().len() {
         let Some(piece) = graph.node(concat).input(slot) else { continue };
-        let len = facts.get(piece).shape.as_ref().and_then(|s| s.first()).and_then(Dim::size).unwrap_or(1);
+        let len = length(graph, facts, piece).unwrap_or(1);
         let inside: Vec<(usize, i64)> =
             entries.iter().filter(|(i, _)| (start..start + len).contains(i)).map(|(i, n)| (i - start, *n)).collect();
         if inside.len() == len && graph.constant(piece).is_none() {

@@ -9,10 +9,12 @@
 use super::{relate, remains, token_axis};
 use crate::autodiff::GradCx;
 use crate::axes::relation::{At, AxesCx, Relations, Slot};
+use crate::graph::build::attr;
 use crate::graph::{AttrValue, Node, ValueId};
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::{Axes, Cost, Grad, OpRule, Refit};
 use crate::slice::refit::{RefitCx, RefitError};
+use bytes::Bytes;
 
 /// The record.
 pub(super) const RULE: OpRule = OpRule {
@@ -179,56 +181,80 @@ fn rotary_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     Ok(())
 }
 
-/// Rotation by the negative angle: `da = cos * dreal + sin * dimag`, `db = cos * dimag - sin * dreal`.
+/// Rotation by the negative angle: `da = cos * dreal + sin * dimag`, `db = cos * dimag - sin * dreal`. The tables get, summed
+/// over heads, `dcos = dreal * a + dimag * b` and `dsin = dimag * a - dreal * b`.
 fn rotary_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
-    let dy = cx.dy()?;
-    if cx.wants(1) || cx.wants(2) {
-        return Err("the tables of cosines and sines do not train".to_string());
-    }
-    if !cx.wants(0) {
-        return Ok(());
-    }
-    let shape = cx.shape(cx.input(0));
+    let (dy, x) = (cx.dy()?, cx.input(0));
+    let shape = cx.shape(x);
     let l = layout(cx.node(), shape)?;
     let flat = shape.len() == 3;
-    let (width, rotated, half) = (l.width as i64, l.rotated as i64, l.rotated as i64 / 2);
-    let mut d = dy;
-    if flat {
-        let heads = l.heads.known().ok_or("the number of heads is not known")?;
-        d = cx.b.reshape(dy, &[0, 0, heads, width]);
+    let d = split_heads(cx, dy, flat, &l)?;
+    let (real, imag) = rotated_parts(cx, d, &l);
+    if cx.wants(0) {
+        let [cos, sin] = [1, 2].map(|slot| table(cx, slot, if flat { 2 } else { 1 }));
+        let (p, q) = (cx.b.mul(real, cos), cx.b.mul(imag, sin));
+        let da = cx.b.add(p, q);
+        let (p, q) = (cx.b.mul(imag, cos), cx.b.mul(real, sin));
+        let db = cx.b.sub(p, q);
+        let dx = joined(cx, (da, db), d, &l);
+        let dx = if flat { cx.b.reshape(dx, &[0, 0, -1]) } else { dx };
+        cx.give(0, dx);
     }
-    let [cos, sin] = [1, 2].map(|slot| table(cx, slot, if flat { 2 } else { 1 }));
-    let (real, imag) = if l.interleaved {
-        let front = cx.b.slice(d, &[0], &[rotated], &[3]);
-        let pairs = cx.b.reshape(front, &[0, 0, 0, half, 2]);
-        let [real, imag] = [0, 1].map(|i| {
-            let part = cx.b.slice(pairs, &[i], &[i + 1], &[4]);
-            cx.b.squeeze(part, &[4])
-        });
-        (real, imag)
-    } else {
-        (cx.b.slice(d, &[0], &[half], &[3]), cx.b.slice(d, &[half], &[rotated], &[3]))
-    };
-    let (a, b) = (cx.b.mul(real, cos), cx.b.mul(imag, sin));
-    let da = cx.b.add(a, b);
-    let (a, b) = (cx.b.mul(imag, cos), cx.b.mul(real, sin));
-    let db = cx.b.sub(a, b);
+    if cx.wants(1) || cx.wants(2) {
+        let x = split_heads(cx, x, flat, &l)?;
+        let (a, b) = rotated_parts(cx, x, &l);
+        let head_axis = if flat { 2 } else { 1 };
+        for (slot, first, second) in [(1, (real, a), (imag, b)), (2, (imag, a), (real, b))] {
+            if cx.wants(slot) {
+                let (p, q) = (cx.b.mul(first.0, first.1), cx.b.mul(second.0, second.1));
+                let sum = if slot == 1 { cx.b.add(p, q) } else { cx.b.sub(p, q) };
+                let sum = cx.b.reduce_sum(sum, &[head_axis], false);
+                let grad = table_grad(cx, sum, slot);
+                cx.give(slot, grad);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `[B, N, H*E] -> [B, N, H, E]`; rank 4 stays.
+fn split_heads(cx: &mut GradCx<'_>, value: ValueId, flat: bool, l: &Layout) -> Result<ValueId, String> {
+    if !flat {
+        return Ok(value);
+    }
+    let heads = l.heads.known().ok_or("the number of heads is not known")?;
+    Ok(cx.b.reshape(value, &[0, 0, heads, l.width as i64]))
+}
+
+/// The two positions of each pair, `[.., R/2]` each.
+fn rotated_parts(cx: &mut GradCx<'_>, value: ValueId, l: &Layout) -> (ValueId, ValueId) {
+    let (rotated, half) = (l.rotated as i64, l.rotated as i64 / 2);
+    if !l.interleaved {
+        return (cx.b.slice(value, &[0], &[half], &[3]), cx.b.slice(value, &[half], &[rotated], &[3]));
+    }
+    let front = cx.b.slice(value, &[0], &[rotated], &[3]);
+    let pairs = cx.b.reshape(front, &[0, 0, 0, half, 2]);
+    let [first, second] = [0, 1].map(|i| {
+        let part = cx.b.slice(pairs, &[i], &[i + 1], &[4]);
+        cx.b.squeeze(part, &[4])
+    });
+    (first, second)
+}
+
+/// The parts put back in their places, with the positions of `whole` that are not rotated behind them.
+fn joined(cx: &mut GradCx<'_>, (first, second): (ValueId, ValueId), whole: ValueId, l: &Layout) -> ValueId {
+    let (width, rotated) = (l.width as i64, l.rotated as i64);
     let mut pieces = if l.interleaved {
-        let (da, db) = (cx.b.unsqueeze(da, &[4]), cx.b.unsqueeze(db, &[4]));
-        let pairs = cx.b.concat(&[da, db], 4);
+        let (first, second) = (cx.b.unsqueeze(first, &[4]), cx.b.unsqueeze(second, &[4]));
+        let pairs = cx.b.concat(&[first, second], 4);
         vec![cx.b.reshape(pairs, &[0, 0, 0, rotated])]
     } else {
-        vec![da, db]
+        vec![first, second]
     };
     if rotated < width {
-        pieces.push(cx.b.slice(d, &[rotated], &[width], &[3]));
+        pieces.push(cx.b.slice(whole, &[rotated], &[width], &[3]));
     }
-    let mut dx = if pieces.len() == 1 { pieces[0] } else { cx.b.concat(&pieces, 3) };
-    if flat {
-        dx = cx.b.reshape(dx, &[0, 0, -1]);
-    }
-    cx.give(0, dx);
-    Ok(())
+    if pieces.len() == 1 { pieces[0] } else { cx.b.concat(&pieces, 3) }
 }
 
 /// A table as `[B, N, R/2]`, with an axis of 1 for the heads at `head_axis`.
@@ -240,6 +266,17 @@ fn table(cx: &mut GradCx<'_>, slot: usize, head_axis: i64) -> ValueId {
     cx.b.unsqueeze(value, &[head_axis])
 }
 
+/// The gradient of a table: that of its rows in use, each added at its position.
+fn table_grad(cx: &mut GradCx<'_>, rows: ValueId, slot: usize) -> ValueId {
+    let Some(ids) = cx.node().input(3) else { return rows };
+    let table = cx.input(slot);
+    let zero = cx.scalar(0.0, table);
+    let shape = cx.b.shape_of(table);
+    let zeros = cx.b.op("Expand", &[zero, shape], vec![]);
+    let at = cx.b.unsqueeze(ids, &[2]);
+    cx.b.op("ScatterND", &[zeros, at, rows], vec![attr("reduction", AttrValue::Str(Bytes::from_static(b"add")))])
+}
+
 #[cfg(test)]
 mod tests {
     use crate::ops::matmul::one_node::{graph, ints, links, refit, shapes};
@@ -249,9 +286,22 @@ mod tests {
         let g = graph("RotaryEmbedding", 23, &["b 3 n 8", "b n 4", "b n 4"], vec![], 1);
         assert_eq!(shapes(&g), Ok(vec!["b 3 n 8".to_string()]));
         let expected = [
-            "in0.0=out0.0", "in0.2=out0.2", "in0.1=out0.1", "v0.0=in0.1", "in0.3[0..=3]>v0.1@0", "v0.1[0..=3]>out0.3@0",
-            "v1.0=in0.1", "in0.3[4..=7]>v1.1@0", "v1.1[0..=3]>out0.3@4", "v0.1=v1.1", "in1.2=v0.1", "in1.0=out0.0", "in1.1=out0.2",
-            "in2.2=v0.1", "in2.0=out0.0", "in2.1=out0.2",
+            "in0.0=out0.0",
+            "in0.2=out0.2",
+            "in0.1=out0.1",
+            "v0.0=in0.1",
+            "in0.3[0..=3]>v0.1@0",
+            "v0.1[0..=3]>out0.3@0",
+            "v1.0=in0.1",
+            "in0.3[4..=7]>v1.1@0",
+            "v1.1[0..=3]>out0.3@4",
+            "v0.1=v1.1",
+            "in1.2=v0.1",
+            "in1.0=out0.0",
+            "in1.1=out0.2",
+            "in2.2=v0.1",
+            "in2.0=out0.0",
+            "in2.1=out0.2",
         ];
         assert_eq!(links(&g), expected);
     }
@@ -261,9 +311,28 @@ mod tests {
         let attrs = ints(&[("interleaved", 1), ("num_heads", 2), ("rotary_embedding_dim", 4)]);
         let g = graph("RotaryEmbedding", 23, &["b n 12", "50 2", "50 2", "b n"], attrs, 1);
         let expected = [
-            "in0.0=out0.0", "in0.1=out0.1", "in0.2~v0.0,v0.1", "out0.2~v1.0,v1.1", "v0.0=v1.0", "v2.0=v0.0", "v0.1[0..=3]>v2.1@0",
-            "v2.1~v3.0,v3.1", "!v3.1", "v4.0=v0.0", "v4.1[0..=3]>v1.1@0", "v4.1~v5.0,v5.1", "!v5.1", "v3.0=v5.0", "v6.0=v0.0",
-            "v0.1[4..=5]>v6.1@0", "v6.1[0..=1]>v1.1@4", "in1.1=v3.0", "!in1.0", "in2.1=v3.0", "!in2.0", "in3.0=out0.0",
+            "in0.0=out0.0",
+            "in0.1=out0.1",
+            "in0.2~v0.0,v0.1",
+            "out0.2~v1.0,v1.1",
+            "v0.0=v1.0",
+            "v2.0=v0.0",
+            "v0.1[0..=3]>v2.1@0",
+            "v2.1~v3.0,v3.1",
+            "!v3.1",
+            "v4.0=v0.0",
+            "v4.1[0..=3]>v1.1@0",
+            "v4.1~v5.0,v5.1",
+            "!v5.1",
+            "v3.0=v5.0",
+            "v6.0=v0.0",
+            "v0.1[4..=5]>v6.1@0",
+            "v6.1[0..=1]>v1.1@4",
+            "in1.1=v3.0",
+            "!in1.0",
+            "in2.1=v3.0",
+            "!in2.0",
+            "in3.0=out0.0",
             "in3.1=out0.1",
         ];
         assert_eq!(links(&g), expected);

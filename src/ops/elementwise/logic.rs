@@ -22,10 +22,19 @@ pub static RULES: &[OpRule] = &[
     logical("IsInf", 11),
     pointwise("Where", 11, infer_where, Grad::Rule(where_grad)),
     pointwise("Cast", 11, infer_cast, Grad::Rule(cast_grad)),
-    OpRule { axes: Axes::Rule(first_axes), ..pointwise("CastLike", 15, infer_cast_like, Grad::Rule(cast_grad)) },
+    OpRule { axes: Axes::Rule(cast_like_axes), ..pointwise("CastLike", 15, infer_cast_like, Grad::Rule(cast_like_grad)) },
     pointwise("Identity", 11, infer_identity, Grad::Rule(identity_grad)),
     OpRule { axes: Axes::Rule(dropout_axes), ..pointwise("Dropout", 11, infer_dropout, Grad::Rule(dropout_grad)) },
 ];
+
+/// Input 1 lends its type alone.
+fn cast_like_axes(cx: &AxesCx<'_>) -> Relations {
+    let mut relations = first_axes(cx);
+    for axis in 0..cx.shape(Slot::In(1)).len() {
+        relations.unread((Slot::In(1), axis));
+    }
+    relations
+}
 
 fn infer_where(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     infer_as(cx, cx.dtype(1).or(cx.dtype(2)))
@@ -68,6 +77,12 @@ fn cast_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
         return Err(format!("a cast from {} to {} rounds too coarsely for a gradient", from.name(), to.name()));
     }
     Ok(())
+}
+
+/// As Cast; of the second input only the type matters.
+fn cast_like_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
+    cx.give_zero(1);
+    if cx.wants(0) { cast_grad(cx) } else { Ok(()) }
 }
 
 fn infer_identity(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {

@@ -89,6 +89,7 @@ impl Done {
             Link::Same(a, b) => format!("{}={}", at(a), at(b)),
             Link::Barrier(a, _) => format!("{}!", at(a)),
             Link::Sum(a) => format!("{}+", at(a)),
+            Link::Unread(a) => format!("{}?", at(a)),
             other => panic!("{other:?} is not a relation of these families"),
         };
         rule(&cx).links.iter().map(link).collect::<Vec<_>>().join(" ")

@@ -1,0 +1,221 @@
+//! Rewrites of the graph before it trains: the same function, fewer or cheaper nodes in forward and backward together.
+//!
+//! An ordered list, each run once: [`drop_noops`] takes out Identity and Dropout as inference runs it; [`fold_gelu`] moves the
+//! two scales of GELU into the weights around it.
+//! Invariant: graph inputs and outputs keep name, order and content (to rounding); constants keep their value ids.
+
+use crate::graph::build::Builder;
+use crate::graph::{DType, Graph, NodeId, Use, ValueId};
+
+/// Runs all rewrites in order. Nodes need not be sorted.
+pub fn run(graph: &mut Graph) {
+    drop_noops(graph);
+    fold_gelu(graph);
+}
+
+/// `y = x` nodes: readers of y read x.
+pub fn drop_noops(graph: &mut Graph) {
+    for id in graph.order().to_vec() {
+        let node = graph.node(id);
+        let (Some(x), Some(y)) = (node.input(0), node.output(0)) else { continue };
+        let noop = match node.op() {
+            "Identity" => true,
+            "Dropout" => node.output(1).is_none_or(|m| graph.value(m).users().is_empty()) && node.input(2).is_none(),
+            _ => false,
+        };
+        if noop && node.domain().is_empty() && !graph.outputs().contains(&y) {
+            graph.replace_uses(y, x);
+            if graph.value(y).users().is_empty() {
+                graph.remove_node(id);
+            }
+        }
+    }
+}
+
+/// One GELU of the graph: `y = x/2 (1 + erf(x / sqrt 2))`.
+struct Gelu {
+    x: ValueId,
+    y: ValueId,
+}
+
+/// With `u = x / sqrt 2`, GELU is `u (1 + erf u) / sqrt 2`. Both scales move into what stands around it: the first into weight
+/// and bias of the linear layer before, the second into the gate behind or the weight of the next layer. What remains between
+/// the layers is Erf, Add, Mul instead of five nodes. Where a neighbour is not a layer, the scale stays a Mul in its place.
+pub fn fold_gelu(graph: &mut Graph) {
+    for id in graph.order().to_vec() {
+        if let Some(found) = gelu_at(graph, id) {
+            write_gelu(graph, &found);
+        }
+    }
+}
+
+fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
+    let c = std::f32::consts::FRAC_1_SQRT_2;
+    let u = match scalable_layer(graph, gelu.x) {
+        Some(layer) => {
+            scale_inputs(graph, &layer, c);
+            gelu.x
+        }
+        None => scaled(graph, gelu.x, c),
+    };
+    let mut b = Builder::new(graph, "gelu.");
+    let erf = b.op("Erf", &[u], vec![]);
+    let one = b.scalar(DType::F32, 1.0);
+    let above = b.add(erf, one);
+    let product = b.mul(u, above);
+    let readers = graph.value(gelu.y).users().to_vec();
+    let mut rest = Vec::new();
+    for at in readers {
+        match scalable_reader(graph, at) {
+            Some(other) => {
+                let factor = graph.node(other.node).input(other.slot).expect("found there");
+                let factor = scaled(graph, factor, c);
+                graph.set_input(other, Some(factor));
+                graph.set_input(at, Some(product));
+            }
+            None => rest.push(at),
+        }
+    }
+    if !rest.is_empty() || graph.outputs().contains(&gelu.y) {
+        let y = scaled(graph, product, c);
+        for at in rest {
+            graph.set_input(at, Some(y));
+        }
+        if graph.outputs().contains(&gelu.y) {
+            graph.move_output(gelu.y, y);
+        }
+    }
+    graph.remove_dead(&|_, _| false);
+}
+
+fn scaled(graph: &mut Graph, value: ValueId, c: f32) -> ValueId {
+    let mut b = Builder::new(graph, "gelu.");
+    let c = b.scalar(DType::F32, c);
+    b.mul(value, c)
+}
+
+/// Places whose scaling scales `x`: weight and bias of the layer that makes it, where nothing but GELU reads x.
+fn scalable_layer(graph: &Graph, x: ValueId) -> Option<Vec<Use>> {
+    let (id, _) = graph.value(x).producer()?;
+    if graph.outputs().contains(&x) {
+        return None;
+    }
+    let node = graph.node(id);
+    let constant = |slot: usize| node.input(slot).is_some_and(|v| graph.is_constant(v)).then_some(Use { node: id, slot });
+    match node.op() {
+        "Add" => {
+            let (bias, product) = constant(0).map(|u| (u, 1)).or_else(|| constant(1).map(|u| (u, 0)))?;
+            let made = node.input(product)?;
+            let (matmul, _) = graph.value(made).producer()?;
+            let single = graph.value(made).users().len() == 1 && !graph.outputs().contains(&made);
+            let weight = graph.node(matmul).input(1).is_some_and(|w| graph.is_constant(w));
+            let fits = single && weight && graph.node(matmul).op() == "MatMul";
+            fits.then_some(vec![Use { node: matmul, slot: 1 }, bias])
+        }
+        "Gemm" => Some(vec![constant(1)?, constant(2)?]),
+        _ => None,
+    }
+}
+
+fn scale_inputs(graph: &mut Graph, places: &[Use], c: f32) {
+    for at in places {
+        let old = graph.node(at.node).input(at.slot).expect("found there");
+        let new = scaled(graph, old, c);
+        graph.set_input(*at, Some(new));
+    }
+}
+
+/// The small factor of a product with y: the weight of a layer, or a gate. Scaling it scales the product.
+fn scalable_reader(graph: &Graph, at: Use) -> Option<Use> {
+    let node = graph.node(at.node);
+    let other = Use { node: at.node, slot: 1 };
+    let factor = node.input(1)?;
+    if at.slot != 0 || Some(factor) == node.input(0) {
+        return None;
+    }
+    let gate = || {
+        let declared = |v: ValueId| graph.value(v).name().starts_with("gate.");
+        declared(factor) && !graph.outputs().contains(&factor)
+    };
+    match node.op() {
+        "MatMul" | "Gemm" if graph.is_constant(factor) => Some(other),
+        "Mul" if gate() => Some(other),
+        _ => None,
+    }
+}
+
+/// The GELU whose last node is `id`: the operator, or one of the ways in which exporters write it out.
+fn gelu_at(graph: &Graph, id: NodeId) -> Option<Gelu> {
+    let node = graph.nodes().find(|(n, _)| *n == id)?.1;
+    let y = node.output(0)?;
+    if node.op() == "Gelu" {
+        let exact = node.attr_str("approximate").is_none_or(|a| a == "none");
+        return if exact { Some(Gelu { x: node.input(0)?, y }) } else { None };
+    }
+    let (a, b) = (node.input(0)?, node.input(1)?);
+    if node.op() != "Mul" {
+        return None;
+    }
+    // (x (1 + erf)) / 2, (x / 2) (1 + erf), or x ((1 + erf) / 2).
+    for (a, b) in [(a, b), (b, a)] {
+        if is_scalar(graph, b, 0.5)
+            && let Some((p, q)) = operands(graph, a, "Mul")
+        {
+            for (x, e) in [(p, q), (q, p)] {
+                if erf_argument(graph, e) == Some(x) {
+                    return Some(Gelu { x, y });
+                }
+            }
+        }
+        if let Some(x) = erf_argument(graph, b)
+            && half_of(graph, a) == Some(x)
+        {
+            return Some(Gelu { x, y });
+        }
+        if let Some(e) = half_of(graph, b)
+            && erf_argument(graph, e) == Some(a)
+        {
+            return Some(Gelu { x: a, y });
+        }
+    }
+    None
+}
+
+/// x where `value` is `1 + erf(x / sqrt 2)`.
+fn erf_argument(graph: &Graph, value: ValueId) -> Option<ValueId> {
+    let (a, b) = operands(graph, value, "Add")?;
+    let erf = if is_scalar(graph, b, 1.0) {
+        a
+    } else if is_scalar(graph, a, 1.0) {
+        b
+    } else {
+        return None;
+    };
+    let (p, _) = graph.value(erf).producer()?;
+    let inner = graph.node(p).input(0).filter(|_| graph.node(p).op() == "Erf")?;
+    let root = std::f32::consts::SQRT_2;
+    if let Some((x, c)) = operands(graph, inner, "Div") {
+        return is_scalar(graph, c, root).then_some(x);
+    }
+    let (x, c) = operands(graph, inner, "Mul")?;
+    if is_scalar(graph, c, 1.0 / root) { Some(x) } else { is_scalar(graph, x, 1.0 / root).then_some(c) }
+}
+
+fn half_of(graph: &Graph, value: ValueId) -> Option<ValueId> {
+    if let Some((x, c)) = operands(graph, value, "Mul") {
+        return if is_scalar(graph, c, 0.5) { Some(x) } else { is_scalar(graph, x, 0.5).then_some(c) };
+    }
+    let (x, c) = operands(graph, value, "Div")?;
+    is_scalar(graph, c, 2.0).then_some(x)
+}
+
+fn operands(graph: &Graph, value: ValueId, op: &str) -> Option<(ValueId, ValueId)> {
+    let (p, _) = graph.value(value).producer()?;
+    let node = graph.node(p);
+    if node.op() == op && node.domain().is_empty() { Some((node.input(0)?, node.input(1)?)) } else { None }
+}
+
+fn is_scalar(graph: &Graph, value: ValueId, expected: f32) -> bool {
+    let found = graph.constant(value).filter(|t| t.element_count() == 1).and_then(|t| t.to_f32s());
+    found.is_some_and(|v| (v[0] - expected).abs() <= 1e-6 * expected.abs())
+}
