@@ -16,6 +16,7 @@ pub struct GradCx<'a> {
     grads: Vec<Option<ValueId>>,
     wanted: Vec<bool>,
     given: Vec<Option<ValueId>>,
+    zero: Vec<bool>,
 }
 
 impl<'a> GradCx<'a> {
@@ -23,8 +24,8 @@ impl<'a> GradCx<'a> {
     pub fn new(graph: &'a mut Graph, facts: &'a Facts, id: NodeId, grads: Vec<Option<ValueId>>, wanted: Vec<bool>) -> Self {
         let node = graph.node(id).clone();
         let opset = graph.opset(node.domain()).unwrap_or(0);
-        let given = vec![None; node.inputs().len()];
-        Self { b: Builder::new(graph, "grad."), facts, node, opset, grads, wanted, given }
+        let (given, zero) = (vec![None; node.inputs().len()], vec![false; node.inputs().len()]);
+        Self { b: Builder::new(graph, "grad."), facts, node, opset, grads, wanted, given, zero }
     }
 
     /// The forward node.
@@ -70,6 +71,14 @@ impl<'a> GradCx<'a> {
     /// Gives the gradient of input `slot`; its shape must be the input's.
     pub fn give(&mut self, slot: usize, grad: ValueId) {
         self.given[slot] = Some(grad);
+    }
+    /// Says that the output does not depend on the content of input `slot`. What gets neither this nor a gradient is an error.
+    pub fn give_zero(&mut self, slot: usize) {
+        self.zero[slot] = true;
+    }
+    /// Whether the rule said so of input `slot`.
+    pub fn is_zero(&self, slot: usize) -> bool {
+        self.zero[slot]
     }
     /// Ends the rule: the gradients given, by input slot.
     pub fn into_given(self) -> Vec<Option<ValueId>> {

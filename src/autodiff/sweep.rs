@@ -114,10 +114,11 @@ impl Sweep<'_> {
         };
         let mut cx = GradCx::new(self.graph, self.facts, id, grads, wanted.clone());
         let result = rule(&mut cx);
+        let zero: Vec<bool> = (0..wanted.len()).map(|slot| cx.is_zero(slot)).collect();
         let given = cx.into_given();
         result.map_err(|reason| refuse(self.graph, reason))?;
         for (slot, wanted) in wanted.into_iter().enumerate() {
-            if !wanted {
+            if !wanted || zero[slot] {
                 continue;
             }
             let (Some(value), Some(grad)) = (node.input(slot), given[slot]) else {

@@ -22,7 +22,7 @@ pub use config::{CONFIG_SCHEMA, Config, LossChoice, Schedule, Tie, TrainChoice, 
 pub use error::SearchError;
 pub use finetune::{FinetuneConfig, FinetuneJob, Finetuned, finetune};
 pub use read::{Run, read, read_gates, read_weights};
-pub use sites::{gate_groups, token_gates};
+pub use sites::gates;
 pub use step::NEAR_ZERO;
 
 use crate::autodiff::loss::Loss;
@@ -50,9 +50,9 @@ pub struct Job<'a> {
     pub graph: &'a Graph,
     /// Of that graph.
     pub facts: &'a Facts,
-    /// The places of gates, see [`gate_groups`].
+    /// The places of gates, see [`gates`].
     pub groups: &'a [GateGroup],
-    /// The places of token gates, see [`token_gates`].
+    /// The places of token gates, see [`gates`].
     pub tokens: &'a [TokenGate],
     /// Of the model's file, in hexadecimal.
     pub model_sha256: &'a str,

@@ -203,7 +203,16 @@ fn neg_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
 
 /// `dx = dy * sign(x)`
 fn abs_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
-    let sign = cx.b.op("Sign", &[cx.input(0)], vec![]);
+    let x = cx.input(0);
+    // CUDA has Sign from opset 13 on; before, the sign is (x > 0) - (x < 0).
+    let sign = if cx.b.opset() >= 13 {
+        cx.b.op("Sign", &[x], vec![])
+    } else {
+        let (zero, dtype) = (cx.scalar(0.0, x), cx.dtype(x));
+        let [above, below] = ["Greater", "Less"].map(|op| cx.b.op(op, &[x, zero], vec![]));
+        let (above, below) = (cx.b.cast(above, dtype), cx.b.cast(below, dtype));
+        cx.b.sub(above, below)
+    };
     give_slope(cx, sign)
 }
 

@@ -22,7 +22,7 @@ pub static RULES: &[OpRule] = &[
     logical("IsInf", 11),
     pointwise("Where", 11, infer_where, Grad::Rule(where_grad)),
     pointwise("Cast", 11, infer_cast, Grad::Rule(cast_grad)),
-    OpRule { axes: Axes::Rule(cast_like_axes), ..pointwise("CastLike", 15, infer_cast_like, Grad::Rule(cast_grad)) },
+    OpRule { axes: Axes::Rule(cast_like_axes), ..pointwise("CastLike", 15, infer_cast_like, Grad::Rule(cast_like_grad)) },
     pointwise("Identity", 11, infer_identity, Grad::Rule(identity_grad)),
     OpRule { axes: Axes::Rule(dropout_axes), ..pointwise("Dropout", 11, infer_dropout, Grad::Rule(dropout_grad)) },
 ];
@@ -77,6 +77,12 @@ fn cast_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
         return Err(format!("a cast from {} to {} rounds too coarsely for a gradient", from.name(), to.name()));
     }
     Ok(())
+}
+
+/// As Cast; of the second input only the type matters.
+fn cast_like_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
+    cx.give_zero(1);
+    if cx.wants(0) { cast_grad(cx) } else { Ok(()) }
 }
 
 fn infer_identity(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
