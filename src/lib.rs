@@ -3,6 +3,7 @@
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
+pub mod bench;
 pub mod cli;
 pub mod cost;
 pub mod data;
@@ -18,3 +19,4 @@ pub mod score;
 pub mod search;
 pub mod slice;
 pub mod supernet;
+pub mod verify;

@@ -461,7 +461,9 @@ impl Unified {
         }
         let inside = self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
         for v in inside.filter(|v| self.virtual_carriers.contains(v)) {
-            if let Some(found) = direct(v, b, of_b).and_then(|of_v| direct(a, v, &of_v)) {
+            // Pairs of single cases are not recorded.
+            let of_v = direct(v, b, of_b).or_else(|| (self.case_count(v) == 1).then(|| BTreeSet::from([0])));
+            if let Some(found) = of_v.and_then(|of_v| direct(a, v, &of_v)) {
                 return found;
             }
         }

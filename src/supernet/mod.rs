@@ -6,6 +6,8 @@
 //! ([`params`]), then loss, gradients and update from `autodiff`.
 //! Invariant: with all gates 1 the original outputs are the original's (contract C1); names of original inputs and outputs stay.
 
+pub mod decompose;
+mod decompose_attention;
 mod from_anatomy;
 pub mod gate;
 pub mod params;

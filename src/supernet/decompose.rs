@@ -1,0 +1,304 @@
+//! Fused operators of ONNX Runtime (com.microsoft) written out in standard ones, so that a training graph runs everywhere and
+//! every gradient is known.
+//!
+//! Example: `BiasGelu(x, b)` becomes Add, and GELU by Erf; `Attention` becomes MatMul, Add, Split, and the products and softmax
+//! of every head. It is done before the anatomy is taken: groups then have the same ids and units as in the fused model.
+//! Invariant: graph inputs and outputs keep name and content. A use that is not written here (past keys, packed queries) is left
+//! as it is, and the gradient sweep names it. Source: docs/ContribOperators.md of microsoft/onnxruntime.
+
+use super::decompose_attention as attention;
+use crate::graph::build::{Builder, attr};
+use crate::graph::{AttrValue, DType, Graph, Node, NodeId, ValueId};
+use crate::infer::{self, Facts, InferError};
+use std::f32::consts::FRAC_1_SQRT_2;
+
+/// Writes out every fused operator that has a form here; returns their labels.
+///
+/// Errors: the model's shapes contradict each other.
+pub fn run(graph: &mut Graph) -> Result<Vec<String>, InferError> {
+    let mut done = Vec::new();
+    // What stands behind a fused node has no known rank before that node is written out.
+    loop {
+        let facts = infer::facts(graph)?;
+        let before = done.len();
+        for id in graph.order().to_vec() {
+            let label = graph.label(id);
+            if write_out(graph, &facts, id).is_some() {
+                done.push(label);
+            }
+        }
+        // Nodes of an attempt that was given up are dead too.
+        graph.remove_dead(&|_, _| false);
+        graph.sort();
+        if done.len() == before {
+            return Ok(done);
+        }
+    }
+}
+
+/// A fused node and the builder of what replaces it.
+pub(super) struct Fused<'a> {
+    pub(super) b: Builder<'a>,
+    pub(super) facts: &'a Facts,
+    pub(super) node: Node,
+}
+
+impl Fused<'_> {
+    pub(super) fn input(&self, slot: usize) -> Option<ValueId> {
+        self.node.input(slot)
+    }
+    /// Whether something reads output `slot`.
+    pub(super) fn is_read(&self, slot: usize) -> bool {
+        let graph = &self.b.graph;
+        self.node.output(slot).is_some_and(|v| !graph.value(v).users().is_empty() || graph.outputs().contains(&v))
+    }
+    pub(super) fn int(&self, name: &str, default: i64) -> i64 {
+        self.node.attr_int(name).unwrap_or(default)
+    }
+    pub(super) fn float(&self, name: &str, default: f32) -> f32 {
+        self.node.attr_float(name).unwrap_or(default)
+    }
+    /// Rank of a value, where it is known. Values made here have none.
+    pub(super) fn rank(&self, value: ValueId) -> Option<usize> {
+        self.facts.get(value).rank()
+    }
+    /// Element type of the node's first input.
+    pub(super) fn dtype(&self) -> DType {
+        let first = self.node.inputs().iter().flatten().find_map(|v| self.facts.get(*v).dtype.filter(|d| d.is_float()));
+        first.unwrap_or(DType::F32)
+    }
+    pub(super) fn scalar(&mut self, value: f32) -> ValueId {
+        let dtype = self.dtype();
+        self.b.scalar(dtype, value)
+    }
+    pub(super) fn scaled(&mut self, x: ValueId, factor: f32) -> ValueId {
+        let factor = self.scalar(factor);
+        self.b.mul(x, factor)
+    }
+    pub(super) fn shifted(&mut self, x: ValueId, term: f32) -> ValueId {
+        let term = self.scalar(term);
+        self.b.add(x, term)
+    }
+    pub(super) fn unary(&mut self, op: &str, x: ValueId) -> ValueId {
+        self.b.op(op, &[x], vec![])
+    }
+}
+
+/// Replaces one fused node; `None` where it is none, or is used in a way that is not written here.
+fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId) -> Option<()> {
+    let node = graph.node(id).clone();
+    let fused_norm = node.op() == "SimplifiedLayerNormalization" || node.op() == "SkipSimplifiedLayerNormalization";
+    if node.domain() != "com.microsoft" && !fused_norm {
+        return None;
+    }
+    let mut f = Fused { b: Builder::new(graph, "apart."), facts, node: node.clone() };
+    let outputs = match node.op() {
+        "Gelu" => vec![Some(gelu(&mut f, node.input(0)?))],
+        "BiasGelu" => {
+            let x = f.b.add(node.input(0)?, node.input(1)?);
+            vec![Some(gelu(&mut f, x))]
+        }
+        "FastGelu" => vec![Some(fast_gelu(&mut f)?)],
+        "QuickGelu" => {
+            let (x, alpha) = (node.input(0)?, f.float("alpha", 1.702));
+            let inner = f.scaled(x, alpha);
+            let gate = f.unary("Sigmoid", inner);
+            vec![Some(f.b.mul(x, gate))]
+        }
+        "SkipLayerNormalization" => skip_norm(&mut f, Norm::Layer)?,
+        "SkipSimplifiedLayerNormalization" => skip_norm(&mut f, Norm::Rms)?,
+        "SimplifiedLayerNormalization" if !f.is_read(1) => {
+            let (x, scale) = (node.input(0)?, node.input(1)?);
+            vec![Some(rms_norm(&mut f, x, scale))]
+        }
+        "EmbedLayerNormalization" => embed_norm(&mut f)?,
+        "FusedMatMul" => vec![Some(fused_matmul(&mut f)?)],
+        "FusedGemm" => vec![Some(fused_gemm(&mut f)?)],
+        "FusedConv" => vec![Some(fused_conv(&mut f)?)],
+        "Attention" => vec![Some(attention::attention(&mut f)?)],
+        "MultiHeadAttention" => vec![Some(attention::multi_head(&mut f)?)],
+        _ => return None,
+    };
+    replace(graph, id, &outputs);
+    Some(())
+}
+
+fn replace(graph: &mut Graph, id: NodeId, outputs: &[Option<ValueId>]) {
+    let old: Vec<Option<ValueId>> = graph.node(id).outputs().to_vec();
+    for (old, new) in old.into_iter().zip(outputs) {
+        let (Some(old), Some(new)) = (old, new) else { continue };
+        graph.replace_uses(old, *new);
+        if graph.outputs().contains(&old) {
+            graph.move_output(old, *new);
+        }
+    }
+    graph.remove_node(id);
+}
+
+/// `x/2 (1 + erf(x / sqrt 2))`
+fn gelu(f: &mut Fused<'_>, x: ValueId) -> ValueId {
+    let u = f.scaled(x, FRAC_1_SQRT_2);
+    let erf = f.unary("Erf", u);
+    let above = f.shifted(erf, 1.0);
+    let product = f.b.mul(x, above);
+    f.scaled(product, 0.5)
+}
+
+/// `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`
+fn fast_gelu(f: &mut Fused<'_>) -> Option<ValueId> {
+    let mut x = f.input(0)?;
+    if let Some(bias) = f.input(1) {
+        x = f.b.add(x, bias);
+    }
+    let square = f.b.mul(x, x);
+    let part = f.scaled(square, 0.044_715);
+    let factor = f.shifted(part, 1.0);
+    let inner = f.b.mul(x, factor);
+    let inner = f.scaled(inner, (2.0 / std::f32::consts::PI).sqrt());
+    let tanh = f.unary("Tanh", inner);
+    let above = f.shifted(tanh, 1.0);
+    let product = f.b.mul(x, above);
+    Some(f.scaled(product, 0.5))
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Norm {
+    Layer,
+    Rms,
+}
+
+/// Outputs: normalized sum, nothing, nothing, sum. Inputs: input, skip, gamma, beta (of a layer norm), bias.
+fn skip_norm(f: &mut Fused<'_>, norm: Norm) -> Option<Vec<Option<ValueId>>> {
+    if f.is_read(1) || f.is_read(2) {
+        return None;
+    }
+    let (x, skip, gamma) = (f.input(0)?, f.input(1)?, f.input(2)?);
+    let (beta, bias) = if norm == Norm::Layer { (f.input(3), f.input(4)) } else { (None, f.input(3)) };
+    let mut sum = f.b.add(x, skip);
+    if let Some(bias) = bias {
+        sum = f.b.add(sum, bias);
+    }
+    let y = if norm == Norm::Layer { layer_norm(f, sum, gamma, beta) } else { rms_norm(f, sum, gamma) };
+    Some(vec![Some(y), None, None, Some(sum)])
+}
+
+/// One node where the opset has it or the model itself uses it; written out otherwise.
+fn layer_norm(f: &mut Fused<'_>, x: ValueId, gamma: ValueId, beta: Option<ValueId>) -> ValueId {
+    let epsilon = f.float("epsilon", 1e-12);
+    let used = f.b.graph.nodes().any(|(_, n)| n.op() == "LayerNormalization" && n.domain().is_empty());
+    if f.b.opset() >= 17 || used {
+        let inputs: Vec<ValueId> = [Some(x), Some(gamma), beta].into_iter().flatten().collect();
+        let attrs = vec![attr("axis", AttrValue::Int(-1)), attr("epsilon", AttrValue::Float(epsilon))];
+        return f.b.op("LayerNormalization", &inputs, attrs);
+    }
+    let mean = f.b.reduce_mean(x, &[-1], true);
+    let centred = f.b.sub(x, mean);
+    let square = f.b.mul(centred, centred);
+    let variance = f.b.reduce_mean(square, &[-1], true);
+    let positive = f.shifted(variance, epsilon);
+    let root = f.unary("Sqrt", positive);
+    let normal = f.b.div(centred, root);
+    let scaled = f.b.mul(normal, gamma);
+    beta.map_or(scaled, |beta| f.b.add(scaled, beta))
+}
+
+/// `x / sqrt(mean(x^2) + eps) * gamma` over the last axis.
+fn rms_norm(f: &mut Fused<'_>, x: ValueId, gamma: ValueId) -> ValueId {
+    let epsilon = f.float("epsilon", 1e-5);
+    let square = f.b.mul(x, x);
+    let mean = f.b.reduce_mean(square, &[-1], true);
+    let positive = f.shifted(mean, epsilon);
+    let root = f.unary("Sqrt", positive);
+    let normal = f.b.div(x, root);
+    f.b.mul(normal, gamma)
+}
+
+/// Outputs: normalized sum of word, position and segment rows; number of ones in each row of the mask; the sum.
+fn embed_norm(f: &mut Fused<'_>) -> Option<Vec<Option<ValueId>>> {
+    let (ids, words, positions) = (f.input(0)?, f.input(2)?, f.input(3)?);
+    let (gamma, beta) = (f.input(5)?, f.input(6)?);
+    if f.int("mask_index_type", 1) != 1 && f.is_read(1) {
+        return None;
+    }
+    let word = f.b.gather(words, ids, 0);
+    let position = match f.input(8) {
+        Some(places) => f.b.gather(positions, places, 0),
+        None => {
+            let shape = f.b.shape_of(ids);
+            let length = f.b.slice(shape, &[1], &[2], &[0]);
+            let (start, axis) = (f.b.ints(&[0]), f.b.ints(&[0]));
+            f.b.op("Slice", &[positions, start, length, axis], vec![])
+        }
+    };
+    let mut sum = f.b.add(word, position);
+    if let (Some(kinds), Some(table)) = (f.input(1), f.input(4)) {
+        let rows = f.b.gather(table, kinds, 0);
+        sum = f.b.add(sum, rows);
+    }
+    let y = layer_norm(f, sum, gamma, Some(beta));
+    let count = match f.input(7) {
+        Some(mask) if f.is_read(1) => Some(f.b.reduce_sum(mask, &[1], false)),
+        None if f.is_read(1) => return None,
+        _ => None,
+    };
+    Some(vec![Some(y), count, Some(sum)])
+}
+
+/// `alpha * op(A) x op(B)`
+fn fused_matmul(f: &mut Fused<'_>) -> Option<ValueId> {
+    if f.int("transBatchA", 0) != 0 || f.int("transBatchB", 0) != 0 {
+        return None;
+    }
+    let mut sides = [f.input(0)?, f.input(1)?];
+    for (side, name) in sides.iter_mut().zip(["transA", "transB"]) {
+        if f.int(name, 0) != 0 {
+            let rank = f.rank(*side).filter(|r| *r >= 2)?;
+            let mut perm: Vec<usize> = (0..rank).collect();
+            perm.swap(rank - 2, rank - 1);
+            *side = f.b.transpose(*side, &perm);
+        }
+    }
+    let product = f.b.matmul(sides[0], sides[1]);
+    let alpha = f.float("alpha", 1.0);
+    Some(if alpha == 1.0 { product } else { f.scaled(product, alpha) })
+}
+
+fn fused_gemm(f: &mut Fused<'_>) -> Option<ValueId> {
+    let kept = ["alpha", "beta", "transA", "transB"];
+    let attrs = f.node.attrs().iter().filter(|a| kept.contains(&a.name.as_str())).cloned().collect();
+    let inputs: Vec<ValueId> = f.node.inputs().iter().flatten().copied().collect();
+    let y = f.b.op("Gemm", &inputs, attrs);
+    let parameter = |f: &Fused<'_>, name: &str| f.node.attr_float(name);
+    let (alpha, beta) = (parameter(f, "activation_alpha"), parameter(f, "activation_beta"));
+    activation(f, y, alpha, beta)
+}
+
+fn fused_conv(f: &mut Fused<'_>) -> Option<ValueId> {
+    let extra = ["activation", "activation_params"];
+    let attrs = f.node.attrs().iter().filter(|a| !extra.contains(&a.name.as_str())).cloned().collect();
+    let inputs: Vec<ValueId> = f.node.inputs().iter().take(3).flatten().copied().collect();
+    let mut y = f.b.op("Conv", &inputs, attrs);
+    if let Some(sum) = f.input(3) {
+        y = f.b.add(y, sum);
+    }
+    let parameters = match f.node.attr("activation_params") {
+        Some(AttrValue::Floats(v)) => v.clone(),
+        _ => Vec::new(),
+    };
+    activation(f, y, parameters.first().copied(), parameters.get(1).copied())
+}
+
+fn activation(f: &mut Fused<'_>, y: ValueId, alpha: Option<f32>, beta: Option<f32>) -> Option<ValueId> {
+    let Some(name) = f.node.attr_str("activation").map(str::to_string).filter(|n| !n.is_empty()) else { return Some(y) };
+    let named = |key: &str, value: Option<f32>| value.map(|v| attr(key, AttrValue::Float(v)));
+    Some(match name.as_str() {
+        "Relu" | "Tanh" | "Sigmoid" => f.unary(&name, y),
+        "LeakyRelu" => f.b.op(&name, &[y], named("alpha", alpha).into_iter().collect()),
+        "HardSigmoid" => f.b.op(&name, &[y], [named("alpha", alpha), named("beta", beta)].into_iter().flatten().collect()),
+        "Clip" => {
+            let (low, high) = (f.scalar(alpha?), f.scalar(beta?));
+            f.b.op(&name, &[y, low, high], vec![])
+        }
+        _ => return None,
+    })
+}
