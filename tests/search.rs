@@ -17,8 +17,8 @@ use vitrim::graph::Graph;
 use vitrim::infer::Facts;
 use vitrim::runtime::{LibraryChoice, RuntimeName, SessionOptions, find};
 use vitrim::search::{
-    Config, FinetuneConfig, FinetuneJob, Job, LossChoice, Outcome, Progress, SearchError, Tie, TrainChoice, finetune, gates, read,
-    read_gates, read_weights, run,
+    Config, FinetuneConfig, FinetuneJob, Job, LossChoice, Outcome, Progress, SearchError, Tie, TrainChoice, finetune, gates,
+    read, read_gates, read_weights, run,
 };
 use vitrim::{onnx, pipeline, runtime};
 
@@ -230,7 +230,10 @@ fn losses_and_choices_of_what_trains() {
     let digits = Digits::load(64);
     let moved = |dir: &Path| {
         let trained = read_weights(dir).unwrap();
-        trained.iter().filter(|(name, w)| digits.graph.find(name).and_then(|v| digits.graph.constant(v)).is_none_or(|o| o != **w)).count()
+        trained
+            .iter()
+            .filter(|(name, w)| digits.graph.find(name).and_then(|v| digits.graph.constant(v)).is_none_or(|o| o != **w))
+            .count()
     };
     let few = Config { max_steps: Some(4), ..short() };
     let cases = [
@@ -318,7 +321,8 @@ fn a_damaged_model_is_brought_back_and_a_good_one_is_kept() {
     // Half of the classifier's rows are turned round, which a few steps can undo.
     let weight = (0..damaged.value_count()).find_map(|_| damaged.find("head.bias")).expect("the classifier has a bias");
     let bias = damaged.constant(weight).unwrap();
-    let shifted: Vec<f32> = bias.to_f32s().unwrap().iter().enumerate().map(|(i, x)| x + if i % 2 == 0 { 4.0 } else { -4.0 }).collect();
+    let shifted: Vec<f32> =
+        bias.to_f32s().unwrap().iter().enumerate().map(|(i, x)| x + if i % 2 == 0 { 4.0 } else { -4.0 }).collect();
     damaged.set_constant(weight, bias.with_f32s(&shifted));
     let facts = vitrim::infer::facts(&damaged).unwrap();
     let config = FinetuneConfig { epochs: 1, max_steps: Some(12), batch: 16, lr: 2e-3, threads: 1, ..FinetuneConfig::default() };

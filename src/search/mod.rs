@@ -145,7 +145,7 @@ pub fn run(
     }
     dir.write_config(&config)?;
     dir.open_log(position.step)?;
-    let loaders = SessionLoaders::of(config.threads);
+    let loaders = loader_count(config.threads);
     let search = Search { job, config, dir, fingerprint, trainer, position, last: None, loaders };
     search.train(data, progress, stop)
 }
@@ -214,12 +214,8 @@ pub(crate) fn fingerprint(data: &Dataset) -> Result<String, SearchError> {
 }
 
 /// Threads that load data: as many as the engine has, since either waits for the other.
-struct SessionLoaders;
-
-impl SessionLoaders {
-    fn of(threads: usize) -> usize {
-        if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, usize::from) }
-    }
+pub(crate) fn loader_count(threads: usize) -> usize {
+    if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, usize::from) }
 }
 
 fn session_options(config: &Config, library: &LibraryChoice) -> Result<SessionOptions, SearchError> {
