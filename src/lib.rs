@@ -18,5 +18,5 @@ pub mod runtime;
 pub mod score;
 pub mod search;
 pub mod slice;
-pub mod verify;
 pub mod supernet;
+pub mod verify;
