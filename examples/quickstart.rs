@@ -31,6 +31,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = folder.path().join("half-mlp.onnx");
     onnx::save(&sliced.graph, &out, Overwrite::Refuse)?;
     let params = plan.budget.promised.params;
-    println!("{} of {} parameters left, {} constants cut, {} bytes", params.after, params.before, sliced.cuts.len(), std::fs::metadata(&out)?.len());
+    println!(
+        "{} of {} parameters left, {} constants cut, {} bytes",
+        params.after,
+        params.before,
+        sliced.cuts.len(),
+        std::fs::metadata(&out)?.len()
+    );
     Ok(())
 }

@@ -15,8 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What a folder may import of the crate: `graph`, everything; `infer*`, types and constants only, so that no function is called.
 ///
-/// In the order of the data flow. `graph` and `ops` are what all stages speak about; the contexts that operator records see belong
-/// to the stages that ask (`InferCx`, `AxesCx`, `GradCx`, `RefitCx`), so ops and those stages know each other's types.
+/// In the order of the data flow. All stages speak about `graph` and `ops`; the contexts that operator records see (`InferCx`, `AxesCx`,
+/// `GradCx`, `RefitCx`) belong to the stages that ask, so ops and those stages know each other's types. Not stages but tools, and
+/// therefore called by whoever needs them: `onnx` (files), `infer` for who rewrites a graph and must know it again, `data`, `runtime`.
 const MAY_IMPORT: &[(&str, &str)] = &[
     ("graph", ""),
     ("onnx", "graph"),
@@ -27,42 +28,74 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("cost", "graph ops infer* axes* anatomy*"),
     ("score", "graph infer* axes* anatomy* data* runtime"),
     ("plan", "graph infer* axes* anatomy* cost* score*"),
-    ("slice", "graph ops infer* axes* anatomy* plan*"),
-    ("supernet", "graph ops infer* axes* anatomy*"),
+    // The result is inferred afresh and compared with what the plan says.
+    ("slice", "graph ops infer axes* anatomy* plan*"),
     ("autodiff", "graph ops infer*"),
+    // A training graph is one artefact: gates, losses, gradients and update are put into it in one place.
+    ("supernet", "graph ops infer axes* anatomy* autodiff"),
     ("data", ""),
-    ("runtime", "graph onnx* data*"),
-    ("eval", "graph data runtime infer*"),
-    ("bench", "graph data* runtime infer*"),
-    ("search", "graph infer* anatomy* score* supernet* autodiff* data runtime"),
-    ("compensate", "graph ops infer* axes* anatomy* plan* slice* data* runtime"),
-    ("verify", "graph ops infer* anatomy* cost* plan* slice* data runtime"),
+    ("runtime", "graph onnx data*"),
+    ("eval", "graph infer* data runtime"),
+    ("bench", "graph infer* data* runtime"),
+    // A step graph is the supernet with state around it; it is built, run and evaluated within one command.
+    ("search", "graph onnx infer* anatomy* score* supernet autodiff data runtime eval"),
+    ("compensate", "graph ops onnx infer* axes* anatomy* plan* slice* data runtime"),
+    ("verify", "graph ops onnx infer* anatomy* cost* plan* slice* data runtime"),
     // The one place that calls stages.
-    ("pipeline", "graph ops onnx infer axes anatomy cost score plan slice supernet autodiff data runtime eval bench search compensate verify"),
-    ("cli", "pipeline graph* onnx* infer* axes* anatomy* cost* score* plan* slice* supernet* autodiff* data* runtime* eval* bench* search* compensate* verify*"),
+    (
+        "pipeline",
+        "graph ops onnx infer axes anatomy cost score plan slice supernet autodiff data runtime eval bench search compensate verify",
+    ),
+    (
+        "cli",
+        "pipeline onnx graph* infer* axes* anatomy* cost* score* plan* slice* supernet* autodiff* data* runtime* eval* bench* search* compensate* verify*",
+    ),
     ("lib", ""),
     ("main", ""),
 ];
 
 /// Imports beyond that table: file or folder, path, reason.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
+    ("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
+    ("cli/plan.rs", "score::self", "`--by` names the function that makes the scores; to be moved to pipeline.rs"),
+    ("plan", "slice::cutset::Kept", "a map of plain numbers that plan and slice share; its place is plan/"),
+    ("score", "anatomy::unit_tags", "which position of a weight belongs to which unit; to become a method of Group"),
+    ("supernet/from_anatomy.rs", "anatomy::self", "for types only (Site, TokenSite), whose names the supernet has too"),
+    ("verify/bounds.rs", "infer::normalize_axis", "the one meaning of a negative axis"),
 ];
 
 /// Where names of operators are expected: they are what these files are about.
 const OPERATOR_NAMES: &[&str] = &[
-    "ops/",                // the records
-    "graph/build.rs",      // spells new nodes
-    "anatomy/",            // knows attention and pooling by structure: softmax, product, mean
-    "supernet/",           // rewrites and writes out fused attention
-    "autodiff/",           // losses and updates are made of nodes; the table of CUDA kernels
+    "ops/",           // the records
+    "graph/build.rs", // spells new nodes
+    "anatomy/",       // knows attention and pooling by structure: softmax, product, mean
+    "supernet/",      // rewrites, and writes out fused attention
+    "autodiff/",      // losses and updates are made of nodes; the table of CUDA kernels
 ];
 
 /// Names of operators elsewhere: file, reason.
 const OPERATOR_NAME_EXCEPTIONS: &[(&str, &str)] = &[
+    ("cost/mod.rs", "a tensor in a Constant node counts as parameters"),
+    ("graph/model.rs", "a Constant node is a constant, wherever its tensor is stored"),
+    ("onnx/body.rs", "the same, in bodies of subgraphs"),
+    ("onnx/function.rs", "an input that a function passes on becomes an Identity"),
+    ("onnx/read.rs", "a sparse initializer stands in the graph as a Constant node"),
+    ("onnx/write.rs", "that Constant node is written back as the initializer it was"),
+    ("search/step.rs", "the step graph is made of nodes, like the update in autodiff/"),
+    ("slice/branch.rs", "asks which selections pick a part of a block, and spells new ones"),
+    ("slice/shapes.rs", "patches shape arithmetic: a Concat of sizes, a Where over them"),
+    ("verify/bounds.rs", "follows integer inputs to the tables that they index"),
+    ("verify/feeds.rs", "an image that meets a convolution gets a size that it can take"),
+    ("verify/nature.rs", "Dropout in training mode is random"),
 ];
 
 /// `HashMap` or `HashSet`, whose order differs from run to run: file, reason.
 const HASH_MAPS: &[(&str, &str)] = &[
+    (
+        "score/mod.rs",
+        "the safetensors writer takes one; KNOWN WRONG: three keys in it make the file's bytes differ from run to run",
+    ),
+    ("search/checkpoint.rs", "the safetensors writer takes one; a single key has one order"),
 ];
 
 /// Files that are longer than they should be: file, reason.
@@ -76,7 +109,7 @@ fn fail_if_any(rule: &str, problems: &[String]) {
 }
 
 /// Lines of an exception table that nothing uses.
-fn stale<'a>(name: &str, table: impl Iterator<Item = String>, used: &BTreeSet<String>) -> Vec<String> {
+fn stale(name: &str, table: impl Iterator<Item = String>, used: &BTreeSet<String>) -> Vec<String> {
     table.filter(|t| !used.contains(t)).map(|t| format!("tests/tidy.rs, {name}: {t} is not needed any more")).collect()
 }
 
@@ -98,9 +131,8 @@ fn stages_import_types_of_earlier_stages_and_nothing_else() {
         for path in s.crate_paths() {
             let (target, rest) = path.split_first().unwrap();
             let types_only = format!("{target}*");
-            let fine = target == folder
-                || allowed.contains(&target.as_str())
-                || allowed.contains(&types_only.as_str()) && is_type(rest);
+            let fine =
+                target == folder || allowed.contains(&target.as_str()) || allowed.contains(&types_only.as_str()) && is_type(rest);
             let text = path.join("::");
             let exception = EXCEPTIONS.iter().find(|(at, p, _)| (*at == s.path || *at == folder) && *p == text);
             match exception {
@@ -249,14 +281,16 @@ fn the_page_of_operators_is_current() {
 #[test]
 fn the_code_map_names_every_folder() {
     let map = std::fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    let folders: BTreeSet<String> = sources().iter().filter(|s| s.path.contains('/')).map(|s| format!("`{}/`", s.folder())).collect();
+    let folders: BTreeSet<String> =
+        sources().iter().filter(|s| s.path.contains('/')).map(|s| format!("`{}/`", s.folder())).collect();
     let missing: Vec<String> = folders.into_iter().filter(|f| !map.contains(f.as_str())).collect();
     fail_if_any("folders of src/ that ARCHITECTURE.md does not name:", &missing);
 }
 
 #[test]
 fn use_trees_are_read_to_their_leaves() {
-    let code = "use crate::infer::{self, dim::{Dim, Known as K}, Facts};\nlet x = crate::graph::Tensor::to_f32s(mycrate::y);".to_string();
+    let code = "use crate::infer::{self, dim::{Dim, Known as K}, Facts};\nlet x = crate::graph::Tensor::to_f32s(mycrate::y);"
+        .to_string();
     let s = Source { path: "x.rs".into(), text: code.clone(), code };
     let paths: Vec<String> = s.crate_paths().iter().map(|p| p.join("::")).collect();
     assert_eq!(paths, ["graph::Tensor::to_f32s", "infer::Facts", "infer::dim::Dim", "infer::dim::Known", "infer::self"]);

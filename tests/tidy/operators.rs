@@ -18,7 +18,8 @@ when its axes are cut (`nothing`: its sizes follow from its inputs).
 pub fn page() -> String {
     let mut rules: Vec<&OpRule> = ops::all().collect();
     rules.sort_by_key(|r| (r.domain, r.name));
-    let mut page = format!("{HEAD}| operator | domain | opsets | infer | axes | grad | cost | refit |\n|---|---|---|---|---|---|---|---|\n");
+    let mut page =
+        format!("{HEAD}| operator | domain | opsets | infer | axes | grad | cost | refit |\n|---|---|---|---|---|---|---|---|\n");
     for r in &rules {
         let domain = if r.domain.is_empty() { "ai.onnx" } else { r.domain };
         page += &format!(

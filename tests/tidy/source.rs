@@ -58,7 +58,9 @@ fn tree<'a>(text: &'a str, prefix: &[String], found: &mut BTreeSet<Vec<String>>)
     let mut path = prefix.to_vec();
     path.push(name.to_string());
     match rest.strip_prefix("::") {
-        Some(more) if more.starts_with(|c: char| c.is_alphabetic() || c == '_' || c == '{' || c == '*') => tree(more, &path, found),
+        Some(more) if more.starts_with(|c: char| c.is_alphabetic() || c == '_' || c == '{' || c == '*') => {
+            tree(more, &path, found)
+        }
         _ => {
             found.insert(path);
             let renamed = rest.strip_prefix(" as ").map(|r| r.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_'));
