@@ -15,7 +15,7 @@ when its axes are cut (`nothing`: its sizes follow from its inputs).
 ";
 
 /// The whole page.
-pub fn page() -> String {
+pub(crate) fn page() -> String {
     let mut rules: Vec<&OpRule> = ops::all().collect();
     rules.sort_by_key(|r| (r.domain, r.name));
     let mut page =

@@ -4,23 +4,23 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// One file of `src/`.
-pub struct Source {
+pub(crate) struct Source {
     /// Its path below `src/`, with `/`.
-    pub path: String,
+    pub(crate) path: String,
     /// All of it.
-    pub text: String,
+    pub(crate) text: String,
     /// All of it but comments and what is compiled for tests only, line by line.
-    pub code: String,
+    pub(crate) code: String,
 }
 
 impl Source {
     /// The folder of `src/` that it belongs to, or its own name where it lies in `src/` itself.
-    pub fn folder(&self) -> &str {
+    pub(crate) fn folder(&self) -> &str {
         self.path.split('/').next().unwrap_or("").trim_end_matches(".rs")
     }
 
     /// Paths that begin with `crate::`, without it; one for each leaf of a use tree. A glob ends in `*`.
-    pub fn crate_paths(&self) -> BTreeSet<Vec<String>> {
+    pub(crate) fn crate_paths(&self) -> BTreeSet<Vec<String>> {
         let mut found = BTreeSet::new();
         let mut rest = self.code.as_str();
         while let Some(at) = rest.find("crate::") {
@@ -70,12 +70,12 @@ fn tree<'a>(text: &'a str, prefix: &[String], found: &mut BTreeSet<Vec<String>>)
 }
 
 /// The checkout.
-pub fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Every file with this ending below a folder, ascending.
-pub fn files_below(folder: &Path, ending: &str) -> Vec<PathBuf> {
+pub(crate) fn files_below(folder: &Path, ending: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -90,7 +90,7 @@ pub fn files_below(folder: &Path, ending: &str) -> Vec<PathBuf> {
 }
 
 /// All files of `src/`. The code of files that are for tests only is empty.
-pub fn sources() -> Vec<Source> {
+pub(crate) fn sources() -> Vec<Source> {
     let src = root().join("src");
     let mut all: Vec<Source> = files_below(&src, "rs")
         .into_iter()
@@ -113,7 +113,7 @@ pub fn sources() -> Vec<Source> {
 }
 
 /// Files that a file declares as modules (each as `x.rs` and as `x/mod.rs`), and whether only for tests.
-pub fn modules(path: &str, text: &str) -> Vec<([String; 2], bool)> {
+pub(crate) fn modules(path: &str, text: &str) -> Vec<([String; 2], bool)> {
     let folder = match path.rsplit_once('/') {
         Some((folder, "mod.rs")) => format!("{folder}/"),
         Some((folder, file)) => format!("{folder}/{}/", file.trim_end_matches(".rs")),
