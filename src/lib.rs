@@ -56,9 +56,9 @@
 //! - [`search`]: training of gates (and weights) to a run directory; fine-tuning.
 //! - [`score`]: `Scores`: one number per unit, whoever made them.
 //! - [`plan`]: anatomy, scores and budget to `Plan`: the units that stay.
-//! - [`slice`]: graph and plan to `Sliced`: the smaller graph; and the twin.
+//! - [`slice`](mod@slice): graph and plan to `Sliced`: the smaller graph; and the twin.
 //! - [`verify`]: result against twin in every runtime that can tell, against the model on data: `Verdict`.
-//! - [`bench`]: latency of one model or of two in turn.
+//! - [`bench`](mod@bench): latency of one model or of two in turn.
 //! - [`pipeline`]: the whole tool, one short function per command: the file to read first.
 //! - [`cli`]: the command line: the only place that prints.
 

@@ -19,14 +19,33 @@ impl Source {
         self.path.split('/').next().unwrap_or("").trim_end_matches(".rs")
     }
 
-    /// Paths that begin with `crate::`, without it; one for each leaf of a use tree. A glob ends in `*`.
-    pub(crate) fn crate_paths(&self) -> BTreeSet<Vec<String>> {
+    /// Paths that begin with `crate::`, without it; one for each leaf of a use tree. A glob ends in `*`. Where a leaf is a module
+    /// itself, what the file reaches through its name stands in its place: `use crate::cost;` and `cost::count(..)` give `cost::count`.
+    pub(crate) fn crate_paths(&self, modules: &BTreeSet<String>) -> BTreeSet<Vec<String>> {
+        let mut found = BTreeSet::new();
+        for mut path in self.paths_behind("crate") {
+            if path.last().is_some_and(|l| l == "self") {
+                path.pop();
+            }
+            match path.last() {
+                Some(name) if modules.contains(&path.join("/")) => {
+                    found.extend(self.paths_behind(name).into_iter().map(|p| [path.as_slice(), &p].concat()));
+                }
+                _ => drop(found.insert(path)),
+            }
+        }
+        found
+    }
+
+    /// Paths that begin with `name::`, without it.
+    fn paths_behind(&self, name: &str) -> BTreeSet<Vec<String>> {
         let mut found = BTreeSet::new();
         let mut rest = self.code.as_str();
-        while let Some(at) = rest.find("crate::") {
+        let start = format!("{name}::");
+        while let Some(at) = rest.find(&start) {
             let before = rest[..at].chars().next_back();
-            rest = &rest[at + "crate::".len()..];
-            if !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+            rest = &rest[at + start.len()..];
+            if !before.is_some_and(|c| c.is_alphanumeric() || "_$:".contains(c)) {
                 tree(rest, &[], &mut found);
             }
         }
@@ -110,6 +129,11 @@ pub(crate) fn sources() -> Vec<Source> {
         s.code.clear();
     }
     all
+}
+
+/// All modules, as paths without ending: `axes`, `axes/relation`.
+pub(crate) fn module_paths(sources: &[Source]) -> BTreeSet<String> {
+    sources.iter().map(|s| s.path.trim_end_matches(".rs").trim_end_matches("/mod").to_string()).collect()
 }
 
 /// Files that a file declares as modules (each as `x.rs` and as `x/mod.rs`), and whether only for tests.
