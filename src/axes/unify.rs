@@ -6,7 +6,7 @@
 
 use super::collect::{AxisOf, Barrier, CarrierId, Collected, Of, Relation, SinkSite};
 use super::partition::Partition;
-use super::refine::Refiner;
+use super::refine::{FactorPair, Refiner};
 use crate::graph::NodeId;
 use crate::infer::Dim;
 use std::collections::{BTreeMap, BTreeSet};
@@ -118,7 +118,7 @@ struct Between<'a> {
 pub(super) fn unify(
     all: &Collected,
     p: &Partition,
-    product_pairs: &[(NodeId, (usize, usize), (usize, usize))],
+    product_pairs: &[(NodeId, FactorPair)],
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Unified {
     let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
@@ -148,7 +148,7 @@ pub(super) fn unify(
     }
 
     let mut between: BTreeMap<(NodeId, CarrierId, CarrierId), Between<'_>> = BTreeMap::new();
-    for (node, (axis_a, ka), (axis_b, kb)) in product_pairs {
+    for (node, ((axis_a, ka), (axis_b, kb))) in product_pairs {
         let (fa, fb) = (p.factors(*axis_a).start + ka, p.factors(*axis_b).start + kb);
         let (a, b) = (factor_home[&fa].0, factor_home[&fb].0);
         let pair = if a <= b { (fa, fb) } else { (fb, fa) };
@@ -365,7 +365,7 @@ fn match_boxes(from: &[usize], to: &[usize], index: &[usize], at: usize) -> Matc
     if sources.len() == from.len() && sources.iter().zip(from).all(|(s, f)| *s == Some(*f)) {
         return Match::Equal;
     }
-    let inside: std::collections::BTreeSet<usize> = from.iter().copied().collect();
+    let inside: BTreeSet<usize> = from.iter().copied().collect();
     if sources.iter().flatten().any(|s| inside.contains(s)) { Match::Crossed } else { Match::Apart }
 }
 
@@ -445,7 +445,7 @@ impl Unified {
     /// Classes that occur on an axis, in any case.
     pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
         let k = &self.cases[carrier];
-        let mut found = std::collections::BTreeSet::new();
+        let mut found = BTreeSet::new();
         for case in 0..k.count {
             for (local, f) in k.factors.iter().enumerate() {
                 if self.shapes[carrier][axis].contains(f) {

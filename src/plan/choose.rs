@@ -160,7 +160,7 @@ impl Ladder<'_> {
         if round <= 1 || self.group.stored.len() < round {
             return n;
         }
-        (0..=n).rev().find(|m| self.width_after(*m) % round == 0).unwrap_or(0)
+        (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
     }
 }
 

@@ -106,7 +106,7 @@ impl<'a> Brancher<'a> {
         }
         let mut inputs = node.inputs().to_vec();
         let mut narrowed: BTreeMap<ValueId, (CarrierId, Cases)> = BTreeMap::new();
-        for slot in 0..inputs.len() {
+        for (slot, input) in inputs.iter_mut().enumerate() {
             let Some(carrier) = self.axes.carrier_at(self.graph, id, Slot::In(slot)) else { continue };
             let of_input = self.axes.cases_with(id, carrier, out, cases);
             let all = of_input.len() == self.axes.case_count(carrier);
@@ -117,7 +117,7 @@ impl<'a> Brancher<'a> {
                 return Err(self.error(id, "a constant is combined with parts of unlike width"));
             }
             narrowed.insert(node.inputs()[slot].expect("has a carrier"), (carrier, of_input.clone()));
-            inputs[slot] = Some(self.part(id, slot, carrier, &of_input)?);
+            *input = Some(self.part(id, slot, carrier, &of_input)?);
         }
         let name = self.graph.value(ValueId::new(out)).name().to_string();
         let made = self.graph.add_value(&format!("{name}_part"));
