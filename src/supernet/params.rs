@@ -3,7 +3,7 @@
 //! An exporter merges equal constants: all zero biases of an untrained network may be one tensor. Trained as one they would stay
 //! equal for ever, so every such constant is first split, one copy per consumer. A contracted weight that two nodes read is a
 //! tied weight and stays one, and so does a bias that stands behind one and the same tied weight.
-//! What never trains, with its reason in [`Frozen`]: single numbers, attention masks, position tables that multiply (rotary), what
+//! What never trains, with its reason in [`Frozen`]: single numbers, other types than float32, attention masks, position tables that multiply (rotary), what
 //! prepares the image, running statistics, and a class token that a static export repeated over the batch.
 
 use super::{SupernetError, Train};
@@ -48,6 +48,13 @@ pub(super) struct ParamInput {
     pub(super) param: Param,
 }
 
+/// Operators beside products and normalizations in which a constant is a weight: bias, scale, table, or part of the sequence.
+const AFFINE: [&str; 8] = ["Add", "Sub", "Mul", "Div", "Sum", "Concat", "Gather", "PRelu"];
+/// Operators whose first input keeps its content: the weight is what stands behind them.
+const LAYOUT: [&str; 8] = ["Expand", "Tile", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Flatten"];
+/// A mean or a scale of an image has at most this many channels.
+const CHANNELS_MAX: usize = 4;
+
 /// A mask holds at least one value below this: no trained table of a network does.
 const MASK_BELOW: f32 = -50.0;
 
@@ -61,7 +68,7 @@ pub(super) fn choose(graph: &mut Graph, facts: &Facts, train: Train) -> (Vec<Can
     for v in constants {
         let Some(tensor) = graph.constant(v) else { continue };
         let name = graph.value(v).name().to_string();
-        if tensor.dtype != DType::F32 || graph.value(v).users().is_empty() {
+        if !tensor.dtype.is_float() || graph.value(v).users().is_empty() {
             continue;
         }
         if let Some(reason) = why_frozen(graph, facts, v, &tensor) {
@@ -119,6 +126,9 @@ fn why_frozen(graph: &Graph, facts: &Facts, v: ValueId, tensor: &Tensor) -> Opti
     if tensor.element_count() < 2 {
         return Some("a single number");
     }
+    if tensor.dtype != DType::F32 {
+        return Some("not float32");
+    }
     if graph.outputs().contains(&v) {
         return Some("a graph output");
     }
@@ -145,6 +155,9 @@ fn frozen_at(graph: &Graph, at: Use, tensor: &Tensor, depth: usize) -> Option<&'
     if is_contracted(graph, at, tensor, depth) {
         return None;
     }
+    if !costs(graph, at.node) && !node.op().ends_with("Normalization") && !AFFINE.contains(&node.op()) {
+        return Some("not a weight of its reader");
+    }
     let wide = tensor.dims.iter().filter(|d| **d > 1).count() >= 2;
     let others = || node.inputs().iter().enumerate().filter(|(slot, _)| *slot != at.slot).filter_map(|(_, v)| *v);
     if node.op() == "Mul" && wide {
@@ -153,17 +166,22 @@ fn frozen_at(graph: &Graph, at: Use, tensor: &Tensor, depth: usize) -> Option<&'
     if node.op() == "BatchNormalization" && at.slot >= 3 {
         return Some("running statistics");
     }
-    if at.slot < 2 && node.inputs().len() == 2 && others().any(|v| graph.inputs().contains(&v)) {
+    let arithmetic = ["Add", "Sub", "Mul", "Div"].contains(&node.op());
+    let small = tensor.element_count() <= CHANNELS_MAX;
+    if arithmetic && small && others().any(|v| graph.inputs().contains(&v)) {
         return Some("prepares a model input");
     }
     None
 }
 
-/// Uses behind a node all of whose inputs are constants: it only rearranges them.
+/// Uses behind a node that only rearranges the constant: a layout operator, or one all of whose inputs are constants.
 fn rearranged(graph: &Graph, node: NodeId, slot: usize, depth: usize) -> Option<Vec<Use>> {
     let n = graph.node(node);
+    let layout = slot == 0 && LAYOUT.contains(&n.op());
     let constant = |(s, v): (usize, &Option<ValueId>)| s == slot || v.is_none_or(|v| graph.is_constant(v));
-    let only = depth < 8 && n.inputs().iter().enumerate().all(constant) && !costs(graph, node);
+    let content = slot == 0 || n.op() == "Concat";
+    let fixed = content && n.inputs().iter().enumerate().all(constant) && !costs(graph, node);
+    let only = depth < 8 && (layout || fixed);
     only.then(|| n.outputs().iter().flatten().flat_map(|v| graph.value(*v).users().to_vec()).collect())
 }
 
