@@ -70,6 +70,7 @@ pub mod cli;
 pub mod cost;
 pub mod data;
 pub mod eval;
+pub mod fold;
 pub mod graph;
 pub mod infer;
 pub mod onnx;

@@ -2,6 +2,7 @@
 
 use super::failure::Failure;
 use super::options::SizeArgs;
+use super::talk::Talk;
 use super::{Verdict, print_json, print_text};
 use crate::anatomy::{Group, Kind};
 use crate::onnx::shown;
@@ -24,11 +25,9 @@ pub(super) struct Args {
     sizes: SizeArgs,
 }
 
-pub(super) fn run(args: &Args) -> Result<Verdict, Failure> {
+pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
-    for warning in &model.loaded.warnings {
-        eprintln!("warning: {}", shown(warning));
-    }
+    model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     let costs = pipeline::group_costs(&model);
     if args.json {
         print_json(&report(&model, &costs))?;

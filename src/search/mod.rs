@@ -22,7 +22,7 @@ pub use config::{CONFIG_SCHEMA, Config, LossChoice, Schedule, Tie, TrainChoice, 
 pub use error::SearchError;
 pub use finetune::{FinetuneConfig, FinetuneJob, Finetuned, finetune};
 pub use read::{Run, read, read_gates, read_weights};
-pub use sites::gates;
+pub use sites::{gates, tied_groups};
 pub use step::NEAR_ZERO;
 
 use crate::autodiff::loss::Loss;

@@ -17,9 +17,11 @@ pub fn gates(graph: &Graph, anatomy: &Anatomy, kinds: &[Kind]) -> (Vec<GateGroup
 
 /// Sets of groups that share a gate.
 pub(super) fn tied(groups: &[GateGroup], config: &Config) -> Vec<Vec<String>> {
-    if config.tie == Tie::None {
-        return Vec::new();
-    }
+    if config.tie == Tie::None { Vec::new() } else { tied_groups(groups) }
+}
+
+/// `qk` and `vo` of each layer, as sets that share a gate.
+pub fn tied_groups(groups: &[GateGroup]) -> Vec<Vec<String>> {
     let layer = |g: &GateGroup| g.id.split_once('.').map(|(_, rest)| rest.to_string());
     let of = |kind: Kind| groups.iter().filter(move |g| g.kind == kind.as_str());
     let pairs = of(Kind::Qk).filter_map(|qk| {
