@@ -95,7 +95,14 @@ impl Model {
 }
 
 /// Scores + what is asked -> Plan, with the promised cost counted on the sliced graph.
-pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, round: usize, protected: BTreeSet<String>) -> Result<Plan, Error> {
+pub fn make_plan(
+    model: &Model,
+    scores: &Scores,
+    ask: &Ask,
+    asked: &str,
+    round: usize,
+    protected: BTreeSet<String>,
+) -> Result<Plan, Error> {
     let file = || model.path.clone();
     let pinned = model.anatomy.tokens.iter().filter_map(|site| {
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
@@ -103,7 +110,8 @@ pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, round: 
     });
     let limits = Limits { round, protected, pinned: pinned.collect() };
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
-    let kept = plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
+    let kept =
+        plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
     let mut plan = Plan::empty(&model.sha256()?);
     for (id, kept) in &kept {
         let of = model.anatomy.groups.iter().find(|g| g.id == *id).map_or(0, anatomy::Group::units);

@@ -41,8 +41,26 @@ pub struct TokenSite {
 
 /// Operators that keep a zero a zero, so that a masked key adds nothing behind them.
 const KEEPS_ZERO: &[&str] = &[
-    "Softmax", "Mul", "Div", "Cast", "CastLike", "Identity", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "MatMul", "Einsum",
-    "Where", "IsNaN", "Split", "Slice", "Gather", "Concat", "Relu",
+    "Softmax",
+    "Mul",
+    "Div",
+    "Cast",
+    "CastLike",
+    "Identity",
+    "Dropout",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MatMul",
+    "Einsum",
+    "Where",
+    "IsNaN",
+    "Split",
+    "Slice",
+    "Gather",
+    "Concat",
+    "Relu",
 ];
 
 /// What a walk found, or the reason why the site is not legal.

@@ -4,7 +4,7 @@
 
 use crate::graph::build::Builder;
 use crate::graph::{DType, Graph, Node, NodeId, ValueId};
-use crate::infer::{Dim, Facts};
+use crate::infer::{Dim, Facts, Known};
 
 /// The context of one `grad` rule.
 pub struct GradCx<'a> {
@@ -55,6 +55,10 @@ impl<'a> GradCx<'a> {
     /// Known integers of a forward value, where all are numbers.
     pub fn numbers(&self, forward: ValueId) -> Option<Vec<i64>> {
         self.facts.get(forward).known.as_ref()?.numbers()
+    }
+    /// Content of a forward value, where it is known; sizes may be symbols.
+    pub fn known(&self, forward: ValueId) -> Option<&'a Known> {
+        self.facts.get(forward).known.as_ref()
     }
     /// The gradient of output `slot`, where the loss depends on it.
     pub fn grad(&self, slot: usize) -> Option<ValueId> {

@@ -414,7 +414,16 @@ fn classes_of(
         .map(|(c, carrier)| (0..carrier.shape.len()).map(|axis| p.factors(axis_number((c, axis))).collect()).collect())
         .collect();
     let cells = (0..p.sizes.len()).filter(|f| p.cell_count(*f) > 1).map(|f| (f, p.cells(f))).collect();
-    let mut unified = Unified { classes, cases, of_slot, cells, shapes, sizes: p.sizes.clone(), together: BTreeMap::new(), virtual_carriers: BTreeSet::new() };
+    let mut unified = Unified {
+        classes,
+        cases,
+        of_slot,
+        cells,
+        shapes,
+        sizes: p.sizes.clone(),
+        together: BTreeMap::new(),
+        virtual_carriers: BTreeSet::new(),
+    };
     for (axis, barrier) in barriers {
         for class in unified.classes_on(axis) {
             if !unified.classes[class].barriers.contains(&barrier) {
@@ -459,7 +468,8 @@ impl Unified {
         if let Some(found) = direct(a, b, of_b) {
             return found;
         }
-        let inside = self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
+        let inside =
+            self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
         for v in inside.filter(|v| self.virtual_carriers.contains(v)) {
             // Pairs of single cases are not recorded.
             let of_v = direct(v, b, of_b).or_else(|| (self.case_count(v) == 1).then(|| BTreeSet::from([0])));

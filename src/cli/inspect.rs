@@ -46,7 +46,10 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
             .iter()
             .map(|v| {
                 let fact = model.facts.get(*v);
-                let dims = fact.shape.as_ref().map(|s| s.iter().map(|d| d.known().map_or(json!(d.to_string()), |n| json!(n))).collect::<Vec<_>>());
+                let dims = fact
+                    .shape
+                    .as_ref()
+                    .map(|s| s.iter().map(|d| d.known().map_or(json!(d.to_string()), |n| json!(n))).collect::<Vec<_>>());
                 json!({ "name": graph.value(*v).name(), "dtype": fact.dtype.map(|d| d.name()), "shape": dims })
             })
             .collect()
@@ -81,7 +84,8 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
 fn group_json(model: &Model, group: &Group, cost: &GroupCost) -> Value {
     let graph = model.graph();
     let sites: Vec<String> = group.sites.iter().map(|s| graph.label(s.at.node)).collect();
-    let cuts: Vec<Value> = group.cuts.iter().map(|c| json!({ "initializer": graph.value(c.value).name(), "axis": c.axis })).collect();
+    let cuts: Vec<Value> =
+        group.cuts.iter().map(|c| json!({ "initializer": graph.value(c.value).name(), "axis": c.axis })).collect();
     json!({
         "id": group.id,
         "kind": group.kind,

@@ -5,12 +5,15 @@
 //! them. Example: AveragePool of `[B, 64, 56, 56]`, kernel 2, stride 2 -> `[B, 64, 28, 28]`. DepthToSpace moves a part of the
 //! channel axis to the spatial axes: `[B, b*b*C, H, W] -> [B, C, H*b, W*b]`.
 
+mod interpolate;
+
 use super::conv::{Geometry, Window, relate_spatial, reshape_like, spread};
 use super::matmul::scaled;
 use super::{Axes, Cost, Grad, OpRule, Refit};
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations, Slot};
-use crate::graph::{DType, Node, Tensor};
+use crate::graph::build::attr;
+use crate::graph::{AttrValue, DType, Node, Tensor};
 use crate::infer::{Dim, Fact, InferCx, InferError, Known};
 use crate::slice::refit::{RefitCx, RefitError};
 use bytes::Bytes;
@@ -36,7 +39,7 @@ pub static RULES: &[OpRule] = &[
     record("GlobalMaxPool", 1, global_infer, global_axes, NO_MAX),
     record("DepthToSpace", 1, depth_to_space_infer, depth_to_space_axes, Grad::Rule(depth_to_space_grad)),
     record("SpaceToDepth", 1, space_to_depth_infer, space_to_depth_axes, Grad::Rule(space_to_depth_grad)),
-    record("Col2Im", 18, col2im_infer, col2im_axes, Grad::No("the gradient of Col2Im is not written")),
+    record("Col2Im", 18, col2im_infer, col2im_axes, Grad::Rule(col2im_grad)),
     OpRule { refit: Refit::Rule(resize_refit), ..record("Resize", 10, resize_infer, resize_axes, Grad::Rule(resize_grad)) },
 ];
 
@@ -332,6 +335,26 @@ fn col2im_axes(cx: &AxesCx<'_>) -> Relations {
     relations
 }
 
+/// `dx = im2col(dy)`: a grouped convolution of dy whose kernels hold a single 1 each, one kernel per position of a block.
+fn col2im_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
+    let (dy, y) = (cx.dy()?, cx.output(0));
+    let channels = cx.shape(y).get(1).and_then(Dim::size).ok_or("channels of a number that is not known")?;
+    let block = cx.numbers(cx.input(2)).ok_or("the size of a block is only known at run time")?;
+    let sizes: Vec<usize> = block.iter().filter_map(|n| usize::try_from(*n).ok()).collect();
+    let positions: usize = sizes.iter().product();
+    let mut kernels = vec![0f32; channels * positions * positions];
+    (0..channels * positions).for_each(|k| kernels[k * positions + k % positions] = 1.0);
+    let like = Tensor::new(cx.dtype(y), [&[channels * positions, 1], &sizes[..]].concat(), Bytes::new());
+    let kernels = cx.b.constant(like.with_f32s(&kernels));
+    let mut attrs: Vec<_> = cx.node().attrs().to_vec();
+    attrs.push(attr("group", AttrValue::Int(channels as i64)));
+    attrs.push(attr("kernel_shape", AttrValue::Ints(block)));
+    let columns = cx.b.op("Conv", &[dy, kernels], attrs);
+    let dx = cx.b.reshape(columns, &[0, (channels * positions) as i64, -1]);
+    cx.give(0, dx);
+    Ok(())
+}
+
 /// What Resize does to one axis.
 #[derive(Clone, Debug, PartialEq)]
 struct Stretch {
@@ -455,26 +478,24 @@ fn resize_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     Ok(())
 }
 
-/// Repetition by whole numbers: `dx = sum of dy over each block`. Other interpolations have no gradient.
+/// Repetition by whole numbers: `dx = sum of dy over each block`. Other interpolations: [`interpolate`].
 fn resize_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let (dy, x, y) = (cx.dy()?, cx.input(0), cx.output(0));
     let shape = cx.shape(x);
-    if !repeats(cx.node(), cx.opset()) {
-        return Err("only nearest-neighbour repetition has a gradient".to_string());
-    }
-    let content = |slot: usize| {
-        let value = cx.node().input(slot)?;
-        let numbers = || Some(Known::Ints(cx.numbers(value)?.into_iter().map(Dim::from).collect()));
-        cx.b.graph.constant(value).and_then(|t| Fact::of_tensor(&t).known).or_else(numbers)
-    };
+    let content = |slot: usize| cx.known(cx.node().input(slot)?).cloned();
     let axes = stretches(cx.node(), cx.opset(), shape, &content)?;
+    let is_integer = |s: &Stretch| s.scale.is_some_and(|s| s >= 1.0 && s.fract().abs() < 1e-9);
+    if !repeats(cx.node(), cx.opset()) || !axes.iter().all(is_integer) {
+        let dx = interpolate::grad(cx, &axes)?;
+        cx.give(0, dx);
+        return Ok(());
+    }
     let (mut cut, mut summed) = (Vec::new(), Vec::new());
     for (size, stretch) in shape.iter().zip(&axes) {
-        let scale = stretch.scale.filter(|s| *s >= 1.0 && s.fract().abs() < 1e-9).ok_or("not a repetition by whole numbers")?;
         cut.push(size.clone());
         if !stretch.whole {
             summed.push(cut.len() as i64);
-            cut.push(Dim::from(scale as i64));
+            cut.push(Dim::from(stretch.scale.unwrap_or(1.0) as i64));
         }
     }
     if summed.is_empty() {
@@ -503,8 +524,7 @@ fn repeats(node: &Node, opset: i64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::build::attr;
-    use crate::graph::{Attr, AttrValue, Graph, Use};
+    use crate::graph::{Attr, Graph, Use};
     use crate::ops::matmul::one_node::{graph, ints, links, refit, shapes};
 
     fn list(name: &str, values: &[i64]) -> Attr {

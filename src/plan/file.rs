@@ -164,7 +164,8 @@ impl Plan {
     pub fn read(path: &Path) -> Result<Self, PlanFileError> {
         let file = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|cause| PlanFileError::Io { file: file.clone(), cause })?;
-        let plan: Self = serde_json::from_str(&text).map_err(|e| PlanFileError::Malformed { file: file.clone(), cause: e.to_string() })?;
+        let plan: Self =
+            serde_json::from_str(&text).map_err(|e| PlanFileError::Malformed { file: file.clone(), cause: e.to_string() })?;
         if plan.schema_version > SCHEMA_VERSION {
             let cause = format!("written with schema {}, this build reads {SCHEMA_VERSION}", plan.schema_version);
             return Err(PlanFileError::Malformed { file, cause });

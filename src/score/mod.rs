@@ -46,11 +46,8 @@ pub enum ScoresError {
 impl Scores {
     /// The file's content.
     pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
-        let data: Vec<(String, Vec<u8>, usize)> = self
-            .groups
-            .iter()
-            .map(|(id, v)| (id.clone(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len()))
-            .collect();
+        let data: Vec<(String, Vec<u8>, usize)> =
+            self.groups.iter().map(|(id, v)| (id.clone(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len())).collect();
         let views: Vec<(&str, TensorView<'_>)> = data
             .iter()
             .map(|(id, bytes, len)| TensorView::new(Dtype::F32, vec![*len], bytes).map(|t| (id.as_str(), t)))

@@ -147,7 +147,15 @@ impl<'a> Brancher<'a> {
         let node = self.original.node(origin);
         let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { return Ok(()) };
         let look = |v: ValueId, axis: usize| kept.get(&(v, axis)).map(Vec::as_slice);
-        let mut cx = RefitCx { graph: self.graph, original: self.original, origin, id, facts: self.facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: self.graph,
+            original: self.original,
+            origin,
+            id,
+            facts: self.facts,
+            kept: &look,
+            patches: Vec::new(),
+        };
         rule(&mut cx)?;
         let patches = std::mem::take(&mut cx.patches);
         self.patches.extend(patches.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));

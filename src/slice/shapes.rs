@@ -76,8 +76,7 @@ fn after(
 /// Gives a node that reads a changed shape vector the original's numbers: `Where(is number, number, vector)`.
 fn restore_source(graph: &mut Graph, facts: &Facts, id: NodeId, tainted: &SideMap<ValueId, Option<Fact>>) {
     for slot in 0..graph.node(id).inputs().len() {
-        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some))
-        else {
+        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some)) else {
             continue;
         };
         let Some(Known::Ints(old)) = &facts.get(v).known else { continue };

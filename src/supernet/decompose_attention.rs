@@ -13,7 +13,12 @@ const MASK_FILTER: f32 = -10_000.0;
 
 /// Inputs: x, weight, bias, mask, past, attention bias.
 pub(super) fn attention(f: &mut Fused<'_>) -> Option<ValueId> {
-    if f.input(4).is_some() || f.input(6).is_some() || f.is_read(1) || f.int("unidirectional", 0) != 0 || f.int("do_rotary", 0) != 0 {
+    if f.input(4).is_some()
+        || f.input(6).is_some()
+        || f.is_read(1)
+        || f.int("unidirectional", 0) != 0
+        || f.int("do_rotary", 0) != 0
+    {
         return None;
     }
     let (x, weight) = (f.input(0)?, f.input(1)?);

@@ -275,7 +275,7 @@ impl<'a> Round<'a> {
         let originals: Vec<Original> = sets.iter().map(|set| run(session.as_mut(), &set.feeds)).collect::<Result<_, _>>()?;
         let version = session.version();
         drop(session);
-        let usable: Vec<usize> = (0..sets.len()).filter(|i| self.is_usable(runtime, &sets[*i], *i, &originals[*i])).collect();
+        let usable = self.usable(runtime, &sets, &originals);
         if usable.is_empty() {
             return Ok(false);
         }
@@ -335,25 +335,34 @@ impl<'a> Round<'a> {
         Ok(Some(sets))
     }
 
-    /// Whether the runtime does with the original what it should on this set; if not, the reason is kept.
-    fn is_usable(&mut self, runtime: RuntimeName, set: &FeedSet, index: usize, original: &Original) -> bool {
-        let at = match set.input {
-            InputSource::Random => format!("random input, batch {}", set.batch),
-            InputSource::Data => format!("data, batch {}", set.batch),
-        };
+    /// Sets on which the runtime does with the original what it should. Why not on the others is kept: once if there is none.
+    fn usable(&mut self, runtime: RuntimeName, sets: &[FeedSet], originals: &[Original]) -> Vec<usize> {
+        let reasons: Vec<Option<String>> = originals.iter().enumerate().map(|(i, o)| self.unusable(i, o)).collect();
+        let usable: Vec<usize> = (0..sets.len()).filter(|i| reasons[*i].is_none()).collect();
+        for (set, reason) in sets.iter().zip(reasons).filter_map(|(set, reason)| Some((set, reason?))) {
+            if usable.is_empty() {
+                self.skip(runtime, reason);
+                break;
+            }
+            let input = match set.input {
+                InputSource::Random => "random input",
+                InputSource::Data => "data",
+            };
+            self.skip(runtime, format!("{input}, batch {}: {reason}", set.batch));
+        }
+        usable
+    }
+
+    /// Why a runtime that makes `original` of MODEL on set `index` cannot be used there.
+    fn unusable(&self, index: usize, original: &Original) -> Option<String> {
         let found = match original {
             Ok(outputs) => outputs,
-            Err(reason) => {
-                self.skip(runtime, format!("cannot run the original ({at}): {reason}"));
-                return false;
-            }
+            Err(reason) => return Some(format!("cannot run the original: {reason}")),
         };
-        let Some(Ok(reference)) = self.reference.as_ref().map(|r| &r[index]) else { return true };
-        let differs = compare::outputs(found, reference, self.relative).into_iter().find(|(_, d)| !d.pass);
-        let Some((output, difference)) = differs else { return true };
+        let Some(Ok(reference)) = self.reference.as_ref().map(|r| &r[index]) else { return None };
+        let (output, difference) = compare::outputs(found, reference, self.relative).into_iter().find(|(_, d)| !d.pass)?;
         let reason = difference.reason.unwrap_or_default();
-        self.skip(runtime, format!("does not reproduce ONNX Runtime on the original ({at}): output '{output}' {reason}"));
-        false
+        Some(format!("does not reproduce ONNX Runtime on the original: output '{output}' {reason}"))
     }
 
     /// What the runtime's rewrites alone do to the original, by output.

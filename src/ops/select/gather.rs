@@ -7,12 +7,13 @@ use super::{Sized, listed, moved_to, scatter_add, scatter_along};
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::build::attr;
-use crate::graph::{AttrValue, DType, Node, Tensor, Use};
+use crate::graph::{AttrValue, DType, Node, Tensor, Use, ValueId};
 use crate::infer::content::along;
 use crate::infer::{Dim, Fact, InferCx, InferError, normalize_axis};
 use crate::ops::shape::zeros_like;
 use crate::ops::{Axes, Cost, Grad, OpRule, Refit};
 use crate::slice::refit::{RefitCx, RefitError};
+use bytes::Bytes;
 
 /// The records of this family.
 pub static RULES: &[OpRule] = &[
@@ -149,8 +150,12 @@ fn gather_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let index_shape = cx.shape(index).to_vec();
     let axis = axis_of(cx.node(), input.len()).ok_or("the rank is not known")?;
     let Some(list) = constant_index(&input[axis], cx.numbers(index)) else {
-        if axis != 0 {
-            return Err(format!("the gradient of a lookup along axis {axis} has no rule"));
+        // Indices of scattering are int64.
+        let index = if cx.dtype(index) == DType::I64 { index } else { cx.b.cast(index, DType::I64) };
+        if axis != 0 || cx.b.opset() < 16 {
+            let dx = lookup_grad(cx, dy, index, axis, index_shape.len())?;
+            cx.give(0, dx);
+            return Ok(());
         }
         let on = zeros_like(cx, x);
         let rows = cx.b.unsqueeze(index, &[index_shape.len() as i64]);
@@ -178,6 +183,51 @@ fn gather_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let dx = scatter_along(cx, Sized { value, shape }, axis, &list, size)?;
     cx.give(0, dx.value);
     Ok(())
+}
+
+/// `dx = onehot(index)^T x dy` along `axis`: for an index of run time, or an axis whose size only run time knows.
+fn lookup_grad(cx: &mut GradCx<'_>, dy: ValueId, index: ValueId, axis: usize, index_rank: usize) -> Result<ValueId, String> {
+    let (x, dtype) = (cx.input(0), cx.dtype(cx.output(0)));
+    let input = cx.shape(x).to_vec();
+    let depth = match input[axis].known() {
+        Some(size) => cx.b.constant(Tensor::i64_scalar(size)),
+        None => {
+            let (sizes, place) = (cx.b.shape_of(x), cx.b.constant(Tensor::i64_scalar(axis as i64)));
+            cx.b.gather(sizes, place, 0)
+        }
+    };
+    let off_on = cx.b.constant(Tensor::new(dtype, vec![2], Bytes::new()).with_f32s(&[0.0, 1.0]));
+    let index = if index_rank == 0 { cx.b.unsqueeze(index, &[0]) } else { index };
+    let one_hot = cx.b.op("OneHot", &[index, depth, off_on], vec![attr("axis", AttrValue::Int(-1))]);
+    let behind = input.len() - axis - 1;
+    if index_rank == 0 {
+        let one_hot = cx.b.squeeze(one_hot, &[0]);
+        let places: Vec<i64> = (1..=behind as i64).collect();
+        let places = if places.is_empty() { one_hot } else { cx.b.unsqueeze(one_hot, &places) };
+        let dy = cx.b.unsqueeze(dy, &[axis as i64]);
+        return Ok(cx.b.mul(dy, places));
+    }
+    if axis == 0 {
+        // [I.., Q..] and [I.., S] as matrices, then [S, Q..].
+        let rest: Option<Vec<i64>> = input[1..].iter().map(Dim::known).collect();
+        let rest = rest.ok_or("sizes behind the looked-up axis are only known at run time")?;
+        let rows = cx.b.reshape(dy, &[-1, rest.iter().product()]);
+        let depth = cx.b.unsqueeze(depth, &[0]);
+        let all = cx.b.ints(&[-1]);
+        let target = cx.b.concat(&[all, depth], 0);
+        let one_hot = cx.b.reshape_to(one_hot, target);
+        let columns = cx.b.transpose(one_hot, &[1, 0]);
+        let dx = cx.b.matmul(columns, rows);
+        return Ok(cx.b.reshape(dx, &[&[-1], &rest[..]].concat()));
+    }
+    if index_rank > 1 {
+        return Err(format!("the gradient of a lookup of rank {index_rank} along axis {axis} has no rule"));
+    }
+    let mut perm: Vec<usize> = (0..input.len()).collect();
+    perm.swap(axis, input.len() - 1);
+    let turned = if behind == 0 { dy } else { cx.b.transpose(dy, &perm) };
+    let dx = cx.b.matmul(turned, one_hot);
+    Ok(if behind == 0 { dx } else { cx.b.transpose(dx, &perm) })
 }
 
 /// The index, counted in what stays of the gathered axis, without what the output lost.
@@ -371,7 +421,7 @@ mod tests {
         let mut p = Probe::new(14);
         let (words, ids) = (p.input("words", "1000 64"), p.typed_input("ids", "b n", DType::I64));
         let y = p.op("Gather", &[words, ids], vec![]);
-        assert!(p.grad(y).is_err_and(|e| e.contains("opset 16")));
+        assert_eq!(p.grad(y).map(|ops| ops[0].clone()), Ok("OneHot".into()));
     }
 
     #[test]
