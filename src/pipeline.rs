@@ -1,14 +1,27 @@
 //! The whole tool: one short function per command. Only this file calls stages; each stage knows no other stage's functions.
 
+mod augment;
+mod data;
+mod edit;
+mod error;
+mod proof;
+
+pub use augment::{AugmentAsk, augment};
+pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
+use edit::Base;
+pub use edit::{Cut, cut, read_run, record_trained};
+pub use error::Error;
+pub use proof::{ProofData, prove};
+
 use crate::anatomy::{self, Anatomy, Kind};
 use crate::axes;
 use crate::cost::{self, Cost, Sizes};
 use crate::graph::Graph;
 use crate::infer::{self, Facts, InferError};
 use crate::onnx::{self, Loaded};
-use crate::plan::{self, Ask, BeforeAfter, Budget, ChooseError, KeptUnits, Limits, Plan, PlanFileError, Promised};
+use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Limits, Plan, Promised};
 use crate::score::Scores;
-use crate::slice::{self, SliceError, Sliced};
+use crate::slice::{self, Sliced};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -24,42 +37,6 @@ pub struct Model {
     pub anatomy: Anatomy,
     /// Sizes given for symbols.
     pub sizes: Sizes,
-}
-
-/// What can go wrong in a command.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum Error {
-    /// The file, or the model in it.
-    #[error(transparent)]
-    Onnx(#[from] onnx::Error),
-    /// The model contradicts itself.
-    #[error("{file}: {cause}")]
-    Infer {
-        /// The file.
-        file: PathBuf,
-        /// The cause.
-        cause: InferError,
-    },
-    /// No plan could be made.
-    #[error("{file}: {cause}")]
-    Choose {
-        /// The model.
-        file: PathBuf,
-        /// The cause.
-        cause: ChooseError,
-    },
-    /// The plan file.
-    #[error(transparent)]
-    PlanFile(#[from] PlanFileError),
-    /// The plan cannot be applied.
-    #[error("{file}: {cause}")]
-    Slice {
-        /// The model.
-        file: PathBuf,
-        /// The cause.
-        cause: SliceError,
-    },
 }
 
 /// Reads a model and finds what can be cut.
@@ -94,8 +71,27 @@ impl Model {
     }
 }
 
+/// Scores from a file, which must be of this model where it says which it is of.
+pub fn read_scores(model: &Model, file: &Path) -> Result<Scores, Error> {
+    let scores = Scores::read(file)?;
+    let found = model.sha256()?;
+    if !scores.model_sha256.is_empty() && scores.model_sha256 != found {
+        let start = |s: &str| s.chars().take(8).collect::<String>();
+        let reason = format!("belongs to model sha256 {}.., not {}..", start(&scores.model_sha256), start(&found));
+        return Err(Error::unsuitable(file, reason));
+    }
+    Ok(scores)
+}
+
 /// Scores + what is asked -> Plan, with the promised cost counted on the sliced graph.
-pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, round: usize, protected: BTreeSet<String>) -> Result<Plan, Error> {
+pub fn make_plan(
+    model: &Model,
+    scores: &Scores,
+    ask: &Ask,
+    asked: &str,
+    round: usize,
+    protected: BTreeSet<String>,
+) -> Result<Plan, Error> {
     let file = || model.path.clone();
     let pinned = model.anatomy.tokens.iter().filter_map(|site| {
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
@@ -103,7 +99,8 @@ pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, round: 
     });
     let limits = Limits { round, protected, pinned: pinned.collect() };
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
-    let kept = plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
+    let kept =
+        plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
     let mut plan = Plan::empty(&model.sha256()?);
     for (id, kept) in &kept {
         let of = model.anatomy.groups.iter().find(|g| g.id == *id).map_or(0, anatomy::Group::units);
@@ -127,21 +124,29 @@ pub fn before_after(model: &Model, sliced: &Sliced) -> Result<Promised, Error> {
     })
 }
 
-/// Model + plan -> the sliced graph.
-pub fn apply_plan(model: &Model, plan_path: &Path, plan: &Plan) -> Result<Sliced, Error> {
-    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
-    slice::apply(model.graph(), &model.facts, &model.anatomy, &plan.kept(), &analyse)
-        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })
-}
-
 /// Model + plan -> the twin: nothing cut, removed units zeroed. `from` is the sliced model that holds edited tensors.
 pub fn make_twin(model: &Model, plan_path: &Path, plan: &Plan, from: Option<&Graph>) -> Result<Graph, Error> {
-    let mut sliced = apply_plan(model, plan_path, plan)?;
+    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
+    let base = Base::of_plan(model, plan_path, plan)?;
+    let (graph, facts, anatomy) = base.parts();
+    let mut sliced = slice::apply(graph, facts, anatomy, &plan.kept(), &analyse)
+        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
     let edited = plan.edited.iter().map(|e| e.initializer.clone()).collect();
     if let Some(graph) = from {
         sliced.graph = graph.clone();
     }
-    Ok(slice::twin::build(model.graph(), &model.facts, &model.anatomy, &plan.kept(), &sliced, &edited))
+    Ok(slice::twin::build(graph, facts, anatomy, &plan.kept(), &sliced, &edited))
+}
+
+/// Reads and infers again what was written; what is not sound is removed.
+pub fn check_written(path: &Path) -> Result<(), Error> {
+    let read = onnx::read(path).map_err(|e| e.to_string());
+    let sound = read.and_then(|loaded| infer::facts(&loaded.graph).map(drop).map_err(|e| e.to_string()));
+    sound.map_err(|reason| {
+        // Whether it can be removed or not, the error names it.
+        let _ = std::fs::remove_file(path);
+        Error::Written { file: path.to_path_buf(), reason }
+    })
 }
 
 /// What one unit of a group costs.

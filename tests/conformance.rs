@@ -189,7 +189,8 @@ fn check_grad(case: &Case, output_count: usize) -> Result<(), String> {
             let analytic: f64 = terms.iter().sum();
             let size = terms.iter().map(|t| t * t).sum::<f64>().sqrt();
             let allowed = TOLERANCE * size + NOISE * magnitude(&outputs, &weights) / STEP;
-            if !((numeric - analytic).abs() <= allowed) {
+            let off = (numeric - analytic).abs();
+            if off.is_nan() || off > allowed {
                 return Err(format!(
                     "gradient of {name}: slope {analytic:.6}, central difference {numeric:.6}, allowed {allowed:.1e}"
                 ));

@@ -11,7 +11,6 @@ use harness::{Random, f32s, has_ort, output, relative_error, session};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use vitrim::autodiff::cuda;
-use vitrim::autodiff::loss::Loss;
 use vitrim::autodiff::update::AdamW;
 use vitrim::data::array::{Array, ArrayData};
 use vitrim::graph::{Graph, check};

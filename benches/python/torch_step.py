@@ -66,7 +66,13 @@ def arguments():
 def build_model():
     timm.layers.set_fused_attn(True)
     torch.manual_seed(SEED)
-    return timm.create_model("deit_tiny_patch16_224", pretrained=False, num_classes=CLASSES)
+    model = timm.create_model("deit_tiny_patch16_224", pretrained=False, num_classes=CLASSES)
+    # Untrained biases and scales are all equal, and exporters merge equal tensors. In a trained network no two are.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    return model
 
 
 def random_batch(batch):

@@ -89,7 +89,8 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     }
     anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));
     for (_, node, reason) in without {
-        let refused = Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
+        let refused =
+            Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
         if !anatomy.refused.contains(&refused) {
             anatomy.refused.push(refused);
         }

@@ -35,7 +35,33 @@ pub struct TokenSite {
     pub means: Vec<(NodeId, usize)>,
     /// Constants with a token axis.
     pub constants: Vec<(Use, usize, Vec<usize>)>,
+    /// Values that are zero where a key is masked: what comes from a softmax until it is contracted.
+    probabilities: BTreeSet<ValueId>,
 }
+
+/// Operators that keep a zero a zero, so that a masked key adds nothing behind them.
+const KEEPS_ZERO: &[&str] = &[
+    "Softmax",
+    "Mul",
+    "Div",
+    "Cast",
+    "CastLike",
+    "Identity",
+    "Dropout",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MatMul",
+    "Einsum",
+    "Where",
+    "IsNaN",
+    "Split",
+    "Slice",
+    "Gather",
+    "Concat",
+    "Relu",
+];
 
 /// What a walk found, or the reason why the site is not legal.
 type Walk = Result<TokenSite, String>;
@@ -51,7 +77,11 @@ struct Walker<'a> {
 /// Finds the site before each attention layer; `layers` are the logits and softmax nodes, from the input on.
 ///
 /// Second list: layers without a site, with the reason.
-pub fn token_sites(graph: &Graph, facts: &Facts, layers: &[(NodeId, NodeId)]) -> (Vec<TokenSite>, Vec<(usize, NodeId, String)>) {
+pub(super) fn token_sites(
+    graph: &Graph,
+    facts: &Facts,
+    layers: &[(NodeId, NodeId)],
+) -> (Vec<TokenSite>, Vec<(usize, NodeId, String)>) {
     let depends = depends_on_data(graph);
     let walker = Walker { graph, facts, relations: relations_of(graph, facts), depends };
     let dominators = dominators(graph, &walker.depends);
@@ -74,11 +104,20 @@ pub fn token_sites(graph: &Graph, facts: &Facts, layers: &[(NodeId, NodeId)]) ->
         }
         match found {
             Some(site) if sites.iter().any(|s| s.value == site.value) => {}
+            // Sites follow each other along one sequence, so that a token that is gone stays gone.
+            Some(site) if sites.last().is_some_and(|last| !continues(last, &site)) => {
+                refused.push((layer, *softmax, "belongs to another sequence".to_string()));
+            }
             Some(site) => sites.push(site),
             None => refused.push((layer, *softmax, reason)),
         }
     }
     (sites, refused)
+}
+
+/// Whether a later site stands on the sequence of an earlier one, with all of its tokens in order.
+fn continues(earlier: &TokenSite, later: &TokenSite) -> bool {
+    earlier.reach.get(&(later.value, later.axis)).is_some_and(|tokens| tokens.iter().copied().eq(0..earlier.count))
 }
 
 fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
@@ -142,6 +181,7 @@ impl Walker<'_> {
             softmaxes: Vec::new(),
             means: Vec::new(),
             constants: Vec::new(),
+            probabilities: BTreeSet::new(),
         };
         let start = self.graph.value(value).producer().map(|(n, _)| n);
         let mut after = start.is_none();
@@ -213,10 +253,21 @@ impl Walker<'_> {
                 }
             }
         }
+        let masked = node.inputs().iter().flatten().any(|v| site.probabilities.contains(v));
+        if masked && !(node.domain().is_empty() && KEEPS_ZERO.contains(&node.op())) {
+            return Err(format!("{} adds to what a masked key gives", label()));
+        }
         for _ in 0..3 {
             for link in &relations.links {
                 self.follow(site, id, link, &mut tags)?;
             }
+        }
+        let contracts = relations.links.iter().any(|l| matches!(l, Link::Contract(a, _) if tags.contains_key(a)));
+        if contracts && !masked {
+            return Err(format!("{} sums over tokens outside an attention", label()));
+        }
+        if (masked && !contracts) || node.op() == "Softmax" {
+            site.probabilities.extend(node.outputs().iter().flatten());
         }
         for ((slot, axis), tokens) in tags {
             if let (Slot::Out(o), true) = (slot, tokens.iter().any(|t| *t != FIXED && !site.pinned.contains(t)))

@@ -14,11 +14,11 @@ use crate::infer::{Dim, Facts};
 /// What is minimized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// Cross entropy against `labels`, int64 [B].
+    /// Cross entropy against `labels`, int64 `[B]`.
     Ce,
-    /// Cross entropy against the probabilities `target.<output>` [B, C].
+    /// Cross entropy against the probabilities `target.<output>` `[B, C]`.
     SoftCe,
-    /// KL(teacher || student) against the teacher's logits `target.<output>` [B, C].
+    /// KL(teacher || student) against the teacher's logits `target.<output>` `[B, C]`.
     Kd,
     /// Squared error against `target.<output>`: mean over each float output, summed over outputs.
     Mse,

@@ -1,6 +1,6 @@
 //! Asks every operator for its relations, and decides which value each of them speaks of.
 //!
-//! A constant that several nodes read is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
+//! A constant that several nodes combine with data is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are.
 
 use crate::axes::relation::{AxesCx, Link, Relations, Slot};
@@ -174,7 +174,9 @@ impl Collected {
     fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, contracted: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
         let value = graph.value(v);
         let shared = value.users().len() > 1 || graph.outputs().contains(&v);
-        if depends[v] || contracted || !shared {
+        // Between constants a value stays one: the parts that are sliced from a packed weight are parts of one weight.
+        let for_data = graph.node(at.node).outputs().iter().flatten().any(|out| depends[*out]);
+        if depends[v] || contracted || !shared || !for_data {
             return v.index();
         }
         self.carriers.push(Carrier { of: Of::Private(v, at), ..self.carriers[v.index()].clone() });

@@ -1,8 +1,8 @@
 //! Which axes must be cut together: Graph + Facts -> Axes.
 //!
 //! Every operator states how the axes of its inputs and outputs relate ([`relation`]). An axis is a product of factors
-//! (`144 = 3 x 3 x 16`), found by [`refine`]; a factor that is selected from by constant index is a sum of cells (q | k | v),
-//! found by [`partition`]; then equal factors are united ([`unify`]). Worked example, one fused attention layer: the weight
+//! (`144 = 3 x 3 x 16`), found by `refine`; a factor that is selected from by constant index is a sum of cells (q | k | v),
+//! found by `partition`; then equal factors are united (`unify`). Worked example, one fused attention layer: the weight
 //! `[48, 144]` ends as axis 0 = D and axis 1 = three cells of `H x E`, whose E of q and of k are one class (the product of both
 //! sums over it), and whose E of v is another, which also is the inner factor of the rows of the output projection.
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
@@ -54,12 +54,12 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
         }
     }
     let whole = (0..refiner.relation_count()).filter(|n| refiner.broken.binary_search(n).is_err());
-    let pairs: Vec<_> = whole.flat_map(|n| refiner.pairs(n).into_iter().map(move |(a, b)| (n, a, b))).collect();
-    let plain: Vec<_> = pairs.iter().map(|(_, a, b)| (*a, *b)).collect();
+    let pairs: Vec<_> = whole.flat_map(|n| refiner.pairs(n).into_iter().map(move |pair| (n, pair))).collect();
+    let plain: Vec<_> = pairs.iter().map(|(_, pair)| *pair).collect();
     let selects: Vec<&Relation> =
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
     let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
-    let with_nodes: Vec<_> = pairs.into_iter().map(|(n, a, b)| (homes[n].0, a, b)).collect();
+    let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
     let unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
     Axes { collected, unified }
 }

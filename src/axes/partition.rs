@@ -5,7 +5,7 @@
 //! A factor with more than [`CELLS_MAX`] cells (rolls, table look-ups) is given up: its axis becomes a barrier.
 
 use super::collect::{AxisOf, Relation};
-use super::refine::Refiner;
+use super::refine::{FactorPair, Refiner};
 
 /// More cells than this are not worth telling apart.
 pub(super) const CELLS_MAX: usize = 16;
@@ -121,7 +121,7 @@ fn canonical<K: Ord>(keys: impl Iterator<Item = K>) -> Vec<u32> {
 /// Finds the cells of all factors. `product_pairs` are the equal factors `(axis number, factor)` of all product relations.
 pub(super) fn partition(
     refiner: &Refiner,
-    pairs: &[((usize, usize), (usize, usize))],
+    pairs: &[FactorPair],
     selects: &[&Relation],
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Partition {

@@ -5,6 +5,9 @@
 
 use crate::infer::Dim;
 
+/// Two factors that are the same: slot and number of each.
+pub(super) type FactorPair = ((usize, usize), (usize, usize));
+
 /// Lists of factors of a number of slots, refined along relations between sequences of slots.
 pub(super) struct Refiner {
     /// Factors of each slot, outermost first; factors of size 1 are left out.
@@ -63,7 +66,7 @@ impl Refiner {
     }
 
     /// Pairs of equal factors `((slot, factor), (slot, factor))` of a relation that is not broken.
-    pub(super) fn pairs(&self, number: usize) -> Vec<((usize, usize), (usize, usize))> {
+    pub(super) fn pairs(&self, number: usize) -> Vec<FactorPair> {
         let (a, b) = &self.relations[number];
         let list = |side: &[usize]| -> Vec<(usize, usize)> {
             side.iter().flat_map(|s| (0..self.factors[*s].len()).map(move |k| (*s, k))).collect()

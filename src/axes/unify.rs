@@ -6,7 +6,7 @@
 
 use super::collect::{AxisOf, Barrier, CarrierId, Collected, Of, Relation, SinkSite};
 use super::partition::Partition;
-use super::refine::Refiner;
+use super::refine::{FactorPair, Refiner};
 use crate::graph::NodeId;
 use crate::infer::Dim;
 use std::collections::{BTreeMap, BTreeSet};
@@ -118,7 +118,7 @@ struct Between<'a> {
 pub(super) fn unify(
     all: &Collected,
     p: &Partition,
-    product_pairs: &[(NodeId, (usize, usize), (usize, usize))],
+    product_pairs: &[(NodeId, FactorPair)],
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Unified {
     let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
@@ -148,7 +148,7 @@ pub(super) fn unify(
     }
 
     let mut between: BTreeMap<(NodeId, CarrierId, CarrierId), Between<'_>> = BTreeMap::new();
-    for (node, (axis_a, ka), (axis_b, kb)) in product_pairs {
+    for (node, ((axis_a, ka), (axis_b, kb))) in product_pairs {
         let (fa, fb) = (p.factors(*axis_a).start + ka, p.factors(*axis_b).start + kb);
         let (a, b) = (factor_home[&fa].0, factor_home[&fb].0);
         let pair = if a <= b { (fa, fb) } else { (fb, fa) };
@@ -365,7 +365,7 @@ fn match_boxes(from: &[usize], to: &[usize], index: &[usize], at: usize) -> Matc
     if sources.len() == from.len() && sources.iter().zip(from).all(|(s, f)| *s == Some(*f)) {
         return Match::Equal;
     }
-    let inside: std::collections::BTreeSet<usize> = from.iter().copied().collect();
+    let inside: BTreeSet<usize> = from.iter().copied().collect();
     if sources.iter().flatten().any(|s| inside.contains(s)) { Match::Crossed } else { Match::Apart }
 }
 
@@ -414,7 +414,16 @@ fn classes_of(
         .map(|(c, carrier)| (0..carrier.shape.len()).map(|axis| p.factors(axis_number((c, axis))).collect()).collect())
         .collect();
     let cells = (0..p.sizes.len()).filter(|f| p.cell_count(*f) > 1).map(|f| (f, p.cells(f))).collect();
-    let mut unified = Unified { classes, cases, of_slot, cells, shapes, sizes: p.sizes.clone(), together: BTreeMap::new(), virtual_carriers: BTreeSet::new() };
+    let mut unified = Unified {
+        classes,
+        cases,
+        of_slot,
+        cells,
+        shapes,
+        sizes: p.sizes.clone(),
+        together: BTreeMap::new(),
+        virtual_carriers: BTreeSet::new(),
+    };
     for (axis, barrier) in barriers {
         for class in unified.classes_on(axis) {
             if !unified.classes[class].barriers.contains(&barrier) {
@@ -436,7 +445,7 @@ impl Unified {
     /// Classes that occur on an axis, in any case.
     pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
         let k = &self.cases[carrier];
-        let mut found = std::collections::BTreeSet::new();
+        let mut found = BTreeSet::new();
         for case in 0..k.count {
             for (local, f) in k.factors.iter().enumerate() {
                 if self.shapes[carrier][axis].contains(f) {
@@ -459,9 +468,12 @@ impl Unified {
         if let Some(found) = direct(a, b, of_b) {
             return found;
         }
-        let inside = self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
+        let inside =
+            self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
         for v in inside.filter(|v| self.virtual_carriers.contains(v)) {
-            if let Some(found) = direct(v, b, of_b).and_then(|of_v| direct(a, v, &of_v)) {
+            // Pairs of single cases are not recorded.
+            let of_v = direct(v, b, of_b).or_else(|| (self.case_count(v) == 1).then(|| BTreeSet::from([0])));
+            if let Some(found) = of_v.and_then(|of_v| direct(a, v, &of_v)) {
                 return found;
             }
         }

@@ -2,6 +2,7 @@
 
 use super::failure::Failure;
 use super::options::SizeArgs;
+use super::talk::Talk;
 use super::{Verdict, print_json, print_text};
 use crate::anatomy::{Group, Kind};
 use crate::onnx::shown;
@@ -24,11 +25,9 @@ pub(super) struct Args {
     sizes: SizeArgs,
 }
 
-pub(super) fn run(args: &Args) -> Result<Verdict, Failure> {
+pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
-    for warning in &model.loaded.warnings {
-        eprintln!("warning: {}", shown(warning));
-    }
+    model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     let costs = pipeline::group_costs(&model);
     if args.json {
         print_json(&report(&model, &costs))?;
@@ -46,7 +45,10 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
             .iter()
             .map(|v| {
                 let fact = model.facts.get(*v);
-                let dims = fact.shape.as_ref().map(|s| s.iter().map(|d| d.known().map_or(json!(d.to_string()), |n| json!(n))).collect::<Vec<_>>());
+                let dims = fact
+                    .shape
+                    .as_ref()
+                    .map(|s| s.iter().map(|d| d.known().map_or(json!(d.to_string()), |n| json!(n))).collect::<Vec<_>>());
                 json!({ "name": graph.value(*v).name(), "dtype": fact.dtype.map(|d| d.name()), "shape": dims })
             })
             .collect()
@@ -81,7 +83,8 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
 fn group_json(model: &Model, group: &Group, cost: &GroupCost) -> Value {
     let graph = model.graph();
     let sites: Vec<String> = group.sites.iter().map(|s| graph.label(s.at.node)).collect();
-    let cuts: Vec<Value> = group.cuts.iter().map(|c| json!({ "initializer": graph.value(c.value).name(), "axis": c.axis })).collect();
+    let cuts: Vec<Value> =
+        group.cuts.iter().map(|c| json!({ "initializer": graph.value(c.value).name(), "axis": c.axis })).collect();
     json!({
         "id": group.id,
         "kind": group.kind,

@@ -5,16 +5,24 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this module is where printing happens")]
 
+mod augment;
 mod failure;
 mod inspect;
+mod interrupt;
 mod mask;
 mod options;
 mod plan;
 mod slice;
+mod talk;
+mod verify;
 
+use crate::runtime;
 use clap::{Parser, Subcommand};
 use failure::Failure;
+use std::ffi::OsString;
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
+use talk::Talk;
 
 /// Makes exported vision transformers smaller, on the ONNX file itself, and proves the result.
 #[derive(Debug, Parser)]
@@ -22,18 +30,28 @@ use std::process::ExitCode;
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Say nothing but errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Say more
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    verbose: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show what can be cut, and why the rest cannot
     Inspect(inspect::Args),
+    /// Write a training graph with gates and gradients
+    Augment(augment::Args),
     /// Choose the units that stay
     Plan(plan::Args),
     /// Write the twin: nothing cut, removed units zeroed
     Mask(mask::Args),
     /// Cut the weights
     Slice(slice::Args),
+    /// Prove a sliced model equal to its twin
+    Verify(verify::Args),
 }
 
 /// What a command that did its work has to say.
@@ -46,27 +64,59 @@ enum Verdict {
 
 /// Parses the arguments, runs the command, and gives the exit code.
 pub fn run() -> ExitCode {
-    let cli = Cli::parse();
-    let json = cli.command.wants_json();
-    let result = match cli.command {
-        Command::Inspect(args) => inspect::run(&args),
-        Command::Plan(args) => plan::run(&args),
-        Command::Mask(args) => mask::run(&args),
-        Command::Slice(args) => slice::run(&args),
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if let Some(code) = runtime::answer_probe(arguments.get(1..).unwrap_or_default(), &mut std::io::stdout()) {
+        return ExitCode::from(u8::try_from(code).unwrap_or(3));
+    }
+    failure::install_panic_hook();
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            let _ = print_text(&error.render().to_string());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => return Failure::usage(&error).report(arguments.iter().any(|a| a == "--json")),
     };
+    let json = cli.command.wants_json();
+    let talk = Talk::new(cli.quiet, cli.verbose);
+    interrupt::listen();
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| cli.command.run(&talk)));
     match result {
-        Ok(Verdict::Done) => ExitCode::SUCCESS,
-        Ok(Verdict::Negative) => ExitCode::from(1),
-        Err(failure) => failure.report(json),
+        Ok(Ok(verdict)) => {
+            talk.flush();
+            ExitCode::from(if matches!(verdict, Verdict::Negative) { 1 } else { 0 })
+        }
+        Ok(Err(failure)) => {
+            if cli.verbose {
+                talk.flush();
+            }
+            failure.report(json)
+        }
+        // The hook has said so.
+        Err(_) => Failure::internal("a panic").report_json_only(json),
     }
 }
 
 impl Command {
+    fn run(&self, talk: &Talk) -> Result<Verdict, Failure> {
+        match self {
+            Command::Inspect(args) => inspect::run(args, talk),
+            Command::Augment(args) => augment::run(args, talk),
+            Command::Plan(args) => plan::run(args, talk),
+            Command::Mask(args) => mask::run(args, talk),
+            Command::Slice(args) => slice::run(args, talk),
+            Command::Verify(args) => verify::run(args, talk),
+        }
+    }
+
     fn wants_json(&self) -> bool {
         match self {
             Command::Inspect(a) => a.json,
+            Command::Augment(a) => a.json,
+            Command::Plan(a) => a.json,
+            Command::Mask(a) => a.json,
             Command::Slice(a) => a.json,
-            Command::Plan(_) | Command::Mask(_) => false,
+            Command::Verify(a) => a.json,
         }
     }
 }
@@ -80,8 +130,9 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
 /// Prints text on stdout; a closed pipe is no error.
 fn print_text(text: &str) -> Result<(), Failure> {
     use std::io::Write;
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::internal(e.to_string())),
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::bad("V0004", None, format!("stdout: {e}"))),
         _ => Ok(()),
     }
 }

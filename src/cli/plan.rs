@@ -1,15 +1,20 @@
 //! `vitrim plan`: scores and a budget to the units that stay.
 
-use super::Verdict;
 use super::failure::Failure;
-use super::options::{ForceArgs, SizeArgs, fractions, kind_fractions};
+use super::options::{ForceArgs, SizeArgs, budget, kind_fractions, kinds};
+use super::slice::write_plan;
+use super::talk::Talk;
+use super::{Verdict, interrupt, print_json};
 use crate::anatomy::Kind;
 use crate::onnx;
 use crate::pipeline::{self, Model};
-use crate::plan::Ask;
+use crate::plan::{Ask, Plan};
 use crate::score::{self, Scores};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+
+/// Kinds that a budget may cut.
+pub(super) const KINDS: &str = "mlp,qk,vo,channel";
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum By {
@@ -21,7 +26,7 @@ enum By {
 
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["keep", "budget"])))]
-#[command(group(clap::ArgGroup::new("source").required(true).args(["by", "scores"])))]
+#[command(group(clap::ArgGroup::new("source").required(true).args(["by", "scores", "run"])))]
 pub(super) struct Args {
     /// The model
     model: PathBuf,
@@ -31,15 +36,18 @@ pub(super) struct Args {
     /// Score units from a file
     #[arg(long)]
     scores: Option<PathBuf>,
+    /// Score units by the gates of a run
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
     /// Fraction of the units of each kind to keep, e.g. mlp=0.5,qk=0.5,vo=0.75
     #[arg(long, value_name = "KIND=F,..")]
     keep: Option<String>,
     /// Fraction of the cost to keep: macs=0.5, params=0.5, or both
     #[arg(long, value_name = "macs=F,params=F")]
     budget: Option<String>,
-    /// Kinds that a budget may cut
-    #[arg(long, value_name = "KIND,..", default_value = "mlp,qk,vo,channel")]
-    kinds: String,
+    /// Kinds that a budget may cut [default: mlp,qk,vo,channel, and token where a run searched tokens]
+    #[arg(long, value_name = "KIND,..")]
+    kinds: Option<String>,
     /// Widths are multiples of this
     #[arg(long, default_value_t = 1)]
     round: usize,
@@ -50,60 +58,73 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// The plan
-    #[arg(short, long)]
-    output: PathBuf,
+    #[arg(short, value_name = "FILE")]
+    out: PathBuf,
+    /// Print the plan as one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     sizes: SizeArgs,
     #[command(flatten)]
     force: ForceArgs,
 }
 
-pub(super) fn run(args: &Args) -> Result<Verdict, Failure> {
-    let (ask, asked) = ask(args)?;
-    onnx::check_output(&args.output, &[args.model.clone()], args.force.overwrite())?;
+pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
+    let words = args.kinds.as_deref().unwrap_or(KINDS);
+    let (mut ask, asked) = ask(args.keep.as_deref(), args.budget.as_deref(), words)?;
+    onnx::check_output(&args.out, &[args.model.clone()], args.force.overwrite())?;
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
+    model.loaded.warnings.iter().for_each(|w| talk.warn(w));
+    onnx::check_output(&args.out, &model.loaded.files, args.force.overwrite())?;
     let scores = scores(args, &model)?;
-    let protected: BTreeSet<String> = model
-        .anatomy
-        .groups
-        .iter()
-        .filter(|g| args.protect.iter().any(|p| g.id.contains(p.as_str())))
-        .map(|g| g.id.clone())
-        .collect();
-    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, args.round, protected)?;
+    if let (Ask::Budget { kinds, .. }, None, Some(_)) = (&mut ask, &args.kinds, &args.run) {
+        // Scores of tokens can be compared with others only where both were searched.
+        kinds.extend(scores.groups.keys().any(|id| id.starts_with(Kind::Token.as_str())).then_some(Kind::Token));
+    }
+    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, args.round, protected(&model, &args.protect))?;
     plan.seed = args.seed;
-    let text = serde_json::to_string_pretty(&plan).map_err(|e| Failure::internal(e.to_string()))?;
-    onnx::write_file(&args.output, format!("{text}\n").as_bytes(), args.force.overwrite())?;
-    let p = &plan.budget.promised;
-    let share = |b: &crate::plan::BeforeAfter| 100.0 * b.after as f64 / b.before.max(1) as f64;
-    let macs = p.macs.as_ref().map_or("MACs unknown".to_string(), |m| format!("MACs {:.1} %", share(m)));
-    eprintln!("asked {asked}; promised params {:.1} %, {macs}; {} groups cut", share(&p.params), plan.kept().len());
+    {
+        let _guard = interrupt::writing();
+        write_plan(&args.out, &plan, args.force.overwrite())?;
+    }
+    if args.json {
+        print_json(&plan)?;
+    } else {
+        talk.say(promise(&plan));
+    }
     Ok(Verdict::Done)
 }
 
-fn ask(args: &Args) -> Result<(Ask, String), Failure> {
-    if let Some(keep) = &args.keep {
-        return Ok((Ask::Fractions(kind_fractions("--keep", keep)?), keep.clone()));
+/// One line: what was asked and what comes of it.
+pub(super) fn promise(plan: &Plan) -> String {
+    let p = &plan.budget.promised;
+    let share = |b: &crate::plan::BeforeAfter| 100.0 * b.after as f64 / b.before.max(1) as f64;
+    let macs = p.macs.as_ref().map_or("MACs unknown".to_string(), |m| format!("MACs {:.1} %", share(m)));
+    format!("asked {}; promised params {:.1} %, {macs}; {} groups cut", plan.budget.asked, share(&p.params), plan.kept().len())
+}
+
+/// Ids of the groups that contain one of the patterns.
+pub(super) fn protected(model: &Model, patterns: &[String]) -> BTreeSet<String> {
+    let ids = model.anatomy.groups.iter().map(|g| &g.id);
+    ids.filter(|id| patterns.iter().any(|p| id.contains(p.as_str()))).cloned().collect()
+}
+
+/// What is asked for, and its text.
+pub(super) fn ask(keep: Option<&str>, budget_text: Option<&str>, kind_words: &str) -> Result<(Ask, String), Failure> {
+    if let Some(keep) = keep {
+        return Ok((Ask::Fractions(kind_fractions("--keep", keep)?), keep.to_string()));
     }
-    let budget = args.budget.as_deref().unwrap_or_default();
-    let parts = fractions("--budget", budget)?;
-    if let Some(unknown) = parts.keys().find(|k| !matches!(k.as_str(), "macs" | "params")) {
-        return Err(Failure::bad("V0002", None, format!("--budget: unknown '{unknown}'; budgets are macs, params")));
-    }
-    let kinds: BTreeSet<Kind> = args
-        .kinds
-        .split(',')
-        .map(|w| Kind::from_word(w.trim()).ok_or_else(|| Failure::bad("V0002", None, format!("--kinds: unknown kind '{w}'"))))
-        .collect::<Result<_, _>>()?;
-    let ask = Ask::Budget { macs: parts.get("macs").copied(), params: parts.get("params").copied(), kinds };
-    Ok((ask, budget.to_string()))
+    let text = budget_text.unwrap_or_default();
+    let (macs, params) = budget(text)?;
+    Ok((Ask::Budget { macs, params, kinds: kinds("--kinds", kind_words)? }, text.to_string()))
 }
 
 fn scores(args: &Args, model: &Model) -> Result<Scores, Failure> {
-    match (&args.by, &args.scores) {
-        (Some(By::Random), _) => Ok(score::random(&model.anatomy, args.seed)),
-        (Some(By::Magnitude), _) => Ok(score::magnitude(model.graph(), &model.anatomy)),
-        (None, Some(file)) => Scores::read(file).map_err(|e| Failure::bad("V0403", file.to_str(), e.to_string())),
-        (None, None) => Err(Failure::internal("clap asks for one of both")),
+    match (&args.by, &args.scores, &args.run) {
+        (Some(By::Random), ..) => Ok(score::random(&model.anatomy, args.seed)),
+        (Some(By::Magnitude), ..) => Ok(score::magnitude(model.graph(), &model.anatomy)),
+        (None, Some(file), _) => Ok(pipeline::read_scores(model, file)?),
+        (None, None, Some(dir)) => Ok(pipeline::read_run(model, dir)?.scores()),
+        (None, None, None) => Err(Failure::internal("one source of scores is required")),
     }
 }

@@ -3,7 +3,8 @@
 use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{ForceArgs, SizeArgs};
-use super::{Verdict, print_json, print_text};
+use super::talk::Talk;
+use super::{Verdict, interrupt, print_json, print_text};
 use crate::onnx;
 use crate::pipeline;
 use crate::plan::Plan;
@@ -18,8 +19,11 @@ pub(super) struct Args {
     #[arg(long)]
     plan: PathBuf,
     /// The smaller model
-    #[arg(short, long)]
-    output: PathBuf,
+    #[arg(short, value_name = "FILE")]
+    out: PathBuf,
+    /// A run directory: its trained weights, with its gates multiplied in
+    #[arg(long, value_name = "RUN")]
+    weights: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
@@ -34,21 +38,37 @@ pub(super) fn plan_path(model: &Path) -> PathBuf {
     model.with_extension("plan.json")
 }
 
-pub(super) fn run(args: &Args) -> Result<Verdict, Failure> {
-    onnx::check_output(&args.output, &[args.model.clone(), args.plan.clone()], args.force.overwrite())?;
+/// Writes a plan.
+pub(super) fn write_plan(path: &Path, plan: &Plan, overwrite: onnx::Overwrite) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(plan).map_err(|e| Failure::internal(e.to_string()))?;
+    Ok(onnx::write_file(path, format!("{text}\n").as_bytes(), overwrite)?)
+}
+
+pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
+    let (plan_out, overwrite) = (plan_path(&args.out), args.force.overwrite());
+    onnx::check_output(&args.out, &[args.model.clone(), args.plan.clone()], overwrite)?;
+    let is_own_plan = plan_out == args.plan;
+    if !is_own_plan {
+        onnx::check_output(&plan_out, &[args.model.clone(), args.plan.clone()], onnx::Overwrite::Force)?;
+    }
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
-    onnx::check_output(&args.output, &model.loaded.files, args.force.overwrite())?;
+    model.loaded.warnings.iter().for_each(|w| talk.warn(w));
+    onnx::check_output(&args.out, &model.loaded.files, overwrite)?;
     let plan = Plan::read(&args.plan).map_err(pipeline::Error::from)?;
-    let sliced = pipeline::apply_plan(&model, &args.plan, &plan)?;
-    let promised = pipeline::before_after(&model, &sliced)?;
-    onnx::save(&sliced.graph, &args.output, args.force.overwrite())?;
-    let beside = plan_path(&args.output);
-    if beside != args.plan {
-        let text = serde_json::to_string_pretty(&plan).map_err(|e| Failure::internal(e.to_string()))?;
-        onnx::write_file(&beside, format!("{text}\n").as_bytes(), onnx::Overwrite::Force)?;
+    let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref())?;
+    cut.warnings.iter().for_each(|w| talk.warn(w));
+    let sliced = &cut.sliced;
+    let promised = pipeline::before_after(&model, sliced)?;
+    {
+        let _guard = interrupt::writing();
+        onnx::save(&sliced.graph, &args.out, overwrite)?;
+        pipeline::check_written(&args.out)?;
+        if !is_own_plan || cut.plan != plan {
+            write_plan(&plan_out, &cut.plan, onnx::Overwrite::Force)?;
+        }
     }
     let before_bytes = pipeline::file_bytes(&model);
-    let after_bytes = pipeline::bytes_on_disk(&args.output);
+    let after_bytes = pipeline::bytes_on_disk(&args.out);
     if args.json {
         print_json(&json!({
             "schema_version": crate::plan::SCHEMA_VERSION,

@@ -72,7 +72,7 @@ fn macs(graph: &Graph, shape: &dyn Fn(ValueId) -> Option<Vec<Dim>>, sizes: &Size
 fn node_macs(
     graph: &Graph,
     id: NodeId,
-    cost: fn(&CostCx<'_>) -> Option<Dim>,
+    cost: CostRule,
     shape: &dyn Fn(ValueId) -> Option<Vec<Dim>>,
     sizes: &Sizes,
 ) -> Option<u64> {
@@ -88,6 +88,9 @@ fn node_macs(
     dim.eval(&|name| symbol_size(graph, sizes, name)).and_then(|n| u64::try_from(n).ok())
 }
 
+/// The cost rule of an operator.
+type CostRule = fn(&CostCx<'_>) -> Option<Dim>;
+
 /// An axis as a sum of products of class sizes.
 type AxisTerms = Vec<Vec<(ClassId, usize)>>;
 
@@ -101,7 +104,7 @@ pub struct Model<'a> {
     tokens: BTreeMap<(ValueId, usize), (usize, usize, usize)>,
     /// MACs of the operators that no class of `classes` touches.
     fixed_macs: Option<u64>,
-    moving: Vec<(NodeId, fn(&CostCx<'_>) -> Option<Dim>)>,
+    moving: Vec<(NodeId, CostRule)>,
     fixed_params: u64,
     /// Constants with a cut axis, and the carrier that their first reader sees.
     constants: Vec<(Vec<usize>, usize)>,

@@ -232,7 +232,7 @@ impl Tensor {
             out.strings = positions(outer, old, inner, indices).map(|i| self.strings[i].clone()).collect();
         } else if self.bytes.is_empty() {
             // A tensor whose elements were left out (`Graph::hollow`): only its shape counts.
-        } else if self.dtype.bits() % 8 == 0 {
+        } else if self.dtype.bits().is_multiple_of(8) {
             let row = inner * self.dtype.bits() / 8;
             let mut bytes = Vec::with_capacity(outer * indices.len() * row);
             for o in 0..outer {
@@ -260,7 +260,7 @@ fn take_packed(bytes: &[u8], bits: usize, positions: impl Iterator<Item = usize>
     let mut out = Vec::new();
     for (n, p) in positions.enumerate() {
         let element = (bytes[p / per_byte] >> (bits * (p % per_byte))) & mask;
-        if n % per_byte == 0 {
+        if n.is_multiple_of(per_byte) {
             out.push(0);
         }
         *out.last_mut().expect("pushed above") |= element << (bits * (n % per_byte));

@@ -298,7 +298,8 @@ impl std::ops::Mul for &Dim {
             for (n, d) in other.terms() {
                 let mut powers: BTreeMap<Sym, u32> = m.iter().cloned().collect();
                 for (sym, p) in n {
-                    *powers.entry(sym).or_insert(0) += p;
+                    let power = powers.entry(sym).or_insert(0);
+                    *power = power.saturating_add(p);
                 }
                 let entry = terms.entry(powers.into_iter().collect()).or_insert(0);
                 *entry = entry.saturating_add(c.saturating_mul(d));

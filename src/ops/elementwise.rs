@@ -2,7 +2,7 @@
 //!
 //! Shape: numpy broadcasting of all inputs. Axes: every axis of every input is the axis of the output that it is broadcast to.
 //! A zeroed unit need not stay zero (`Exp`), because a gate sits before the sink, not before these operators.
-//! Small contents are followed ([`contents`]), so that arithmetic on shapes resolves. Nothing is counted as cost.
+//! Small contents are followed (`contents`), so that arithmetic on shapes resolves. Nothing is counted as cost.
 
 pub mod activation;
 pub mod arithmetic;

@@ -21,7 +21,6 @@ pub mod select;
 pub mod shape;
 pub mod softmax;
 
-
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
 use crate::graph::Node;

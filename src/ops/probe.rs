@@ -112,7 +112,15 @@ impl Probe {
         let kept = |value: ValueId, axis: usize| cut.iter().find(|c| c.0 == value && c.1 == axis).map(|c| c.2);
         let op = self.graph.node(id).op().to_string();
         let original = self.graph.clone();
-        let mut cx = RefitCx { graph: &mut self.graph, original: &original, origin: id, id, facts: &facts, kept: &kept, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: &mut self.graph,
+            original: &original,
+            origin: id,
+            id,
+            facts: &facts,
+            kept: &kept,
+            patches: Vec::new(),
+        };
         match ops::lookup("", &op).expect("the operator has a record").refit {
             Refit::Nothing => {}
             Refit::Rule(rule) => rule(&mut cx).map_err(|e| e.what)?,

@@ -93,8 +93,10 @@ pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, mo
         Ask::Fractions(f) => ladders.iter().map(|l| steps_for_fraction(l, f[&l.group.kind], limits)).collect(),
         Ask::Budget { macs, params, .. } => steps_for_budget(&ladders, *macs, *params, limits, model)?,
     };
-    let kept: Kept = ladders.iter().zip(&counts).filter(|(_, n)| **n > 0).map(|(l, n)| (l.group.id.clone(), l.kept(*n))).collect();
-    Ok(monotone(anatomy, kept))
+    let mut kept = kept_tokens(&ladders, &counts, scores, limits);
+    let cut = ladders.iter().zip(&counts).filter(|(l, n)| **n > 0 && l.group.kind != Kind::Token);
+    kept.extend(cut.map(|(l, n)| (l.group.id.clone(), l.kept(*n))));
+    Ok(kept)
 }
 
 fn nothing_to_cut(anatomy: &Anatomy) -> ChooseError {
@@ -158,7 +160,7 @@ impl Ladder<'_> {
         if round <= 1 || self.group.stored.len() < round {
             return n;
         }
-        (0..=n).rev().find(|m| self.width_after(*m) % round == 0).unwrap_or(0)
+        (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
     }
 }
 
@@ -201,8 +203,12 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
         .filter(|(l, _)| l.group.kind != Kind::Token)
         .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n * l.per_step))
         .collect();
-    let tokens: BTreeMap<usize, usize> =
-        ladders.iter().zip(counts).filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
+    let tokens: BTreeMap<usize, usize> = ladders
+        .iter()
+        .zip(counts)
+        .filter(|(l, _)| l.group.kind == Kind::Token)
+        .map(|(l, n)| (l.group.layer, l.width_after(*n)))
+        .collect();
     model.under(&|class| sizes.get(&class).copied(), &tokens)
 }
 
@@ -225,16 +231,9 @@ fn steps_for_budget(
         }
         counts.iter().zip(ladders).map(|(n, l)| l.rounded(*n, limits.round)).collect()
     };
-    let share = |taken: usize| -> (f64, f64) {
-        let cost = cost_after(ladders, &counts_at(taken), model);
-        (cost.macs.zip(whole.macs).map_or(0.0, |(a, b)| a as f64 / b as f64), cost.params as f64 / whole.params.max(1) as f64)
-    };
-    let met = |taken: usize| {
-        let (m, p) = share(taken);
-        macs.is_none_or(|f| m <= f) && params.is_none_or(|f| p <= f)
-    };
+    let met = |taken: usize| within(&cost_after(ladders, &counts_at(taken), model), &whole, macs, params);
     if !met(order.len()) {
-        let (m, p) = share(order.len());
+        let (m, p) = shares(&cost_after(ladders, &counts_at(order.len()), model), &whole);
         return Err(match macs.filter(|f| m > *f) {
             Some(f) => ChooseError::Unreachable { what: "MACs", smallest: m * 100.0, asked: f * 100.0 },
             None => ChooseError::Unreachable { what: "params", smallest: p * 100.0, asked: params.unwrap_or(0.0) * 100.0 },
@@ -245,22 +244,80 @@ fn steps_for_budget(
         let middle = (low + high) / 2;
         if met(middle) { high = middle } else { low = middle + 1 }
     }
-    Ok(counts_at(high))
+    let counts = counts_at(high);
+    if high == 0 || limits.round > 1 {
+        return Ok(counts);
+    }
+    Ok(come_closer(ladders, &order, high, counts, &|counts| {
+        let cost = cost_after(ladders, counts, model);
+        (within(&cost, &whole, macs, params), cost)
+    }))
 }
 
-/// A token that is gone in one layer is gone in all later ones.
-fn monotone(anatomy: &Anatomy, mut kept: Kept) -> Kept {
-    let mut alive: Option<BTreeSet<usize>> = None;
-    for group in anatomy.groups.iter().filter(|g| g.kind == Kind::Token) {
-        let own = kept.get(&group.id).map(|k| k.iter().copied().collect::<BTreeSet<usize>>());
-        let now = match (alive.take(), own) {
-            (Some(before), Some(own)) => Some(before.intersection(&own).copied().collect()),
-            (before, own) => before.or(own),
-        };
-        if let Some(now) = &now {
-            kept.insert(group.id.clone(), now.iter().copied().collect());
+/// One step may overshoot by far (a token of an early layer). Going on without it, and without others that overshoot, may come
+/// closer to the budget.
+fn come_closer(
+    ladders: &[Ladder<'_>],
+    order: &[usize],
+    taken: usize,
+    counts: Vec<usize>,
+    try_out: &dyn Fn(&[usize]) -> (bool, Cost),
+) -> Vec<usize> {
+    const TRIALS_MAX: usize = 400;
+    let size = |c: &Cost| (c.macs, c.params);
+    let mut best = (size(&try_out(&counts).1), counts);
+    let mut current = vec![0; ladders.len()];
+    for i in &order[..taken - 1] {
+        current[*i] += 1;
+    }
+    for i in order[taken - 1..].iter().take(TRIALS_MAX) {
+        if current[*i] >= ladders[*i].steps.len() {
+            continue;
         }
-        alive = now;
+        let mut trial = current.clone();
+        trial[*i] += 1;
+        let (met, cost) = try_out(&trial);
+        if !met {
+            current = trial;
+        } else if size(&cost) > best.0 {
+            best = (size(&cost), trial);
+        }
+    }
+    best.1
+}
+
+/// Whether a cost meets the budget.
+fn within(cost: &Cost, whole: &Cost, macs: Option<f64>, params: Option<f64>) -> bool {
+    let (m, p) = shares(cost, whole);
+    macs.is_none_or(|f| m <= f) && params.is_none_or(|f| p <= f)
+}
+
+/// MACs and parameters as fractions of the whole.
+fn shares(cost: &Cost, whole: &Cost) -> (f64, f64) {
+    (cost.macs.zip(whole.macs).map_or(0.0, |(a, b)| a as f64 / b as f64), cost.params as f64 / whole.params.max(1) as f64)
+}
+
+/// Kept tokens, layer by layer: of those that the layer before kept, the best by the layer's own scores.
+fn kept_tokens(ladders: &[Ladder<'_>], counts: &[usize], scores: &Scores, limits: &Limits) -> Kept {
+    let mut order: Vec<usize> = (0..ladders.len()).filter(|i| ladders[*i].group.kind == Kind::Token).collect();
+    order.sort_by_key(|i| ladders[*i].group.layer);
+    let mut alive: Option<Vec<usize>> = None;
+    let mut kept = Kept::new();
+    for i in order {
+        let group = ladders[i].group;
+        let before = alive.clone().unwrap_or_else(|| (0..group.units()).collect());
+        let pinned = limits.pinned.get(&group.id).map_or(&[][..], Vec::as_slice);
+        let values = &scores.groups[&group.id];
+        let mut free: Vec<usize> = before.iter().copied().filter(|t| !pinned.contains(t)).collect();
+        free.sort_by(|a, b| values[*b].total_cmp(&values[*a]).then(a.cmp(b)));
+        let wanted = ladders[i].width_after(counts[i]).saturating_sub(pinned.len());
+        let mut now: Vec<usize> =
+            before.iter().copied().filter(|t| pinned.contains(t)).chain(free.into_iter().take(wanted)).collect();
+        now.sort_unstable();
+        if now.len() < group.units() {
+            kept.insert(group.id.clone(), now.clone());
+        }
+        alive = Some(now);
     }
     kept
 }

@@ -36,6 +36,9 @@ pub struct Plan {
     /// Tensors whose kept values differ from the model's.
     #[serde(default)]
     pub edited: Vec<Edited>,
+    /// Constants that several nodes read in the model and that became one each, before anything was cut.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub split: Vec<Split>,
 }
 
 fn equal() -> String {
@@ -96,8 +99,28 @@ pub struct Weights {
 pub struct Edited {
     /// Its name in the model.
     pub initializer: String,
-    /// `folded`, `trained`.
+    /// `folded`, `trained`, `finetuned`, or several of them.
     pub why: String,
+}
+
+/// A copy of a constant for some of its readers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Split {
+    /// The constant's name in the model.
+    pub initializer: String,
+    /// Name of the copy.
+    pub copy: String,
+    /// Who reads the copy.
+    pub uses: Vec<SplitUse>,
+}
+
+/// An input of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SplitUse {
+    /// Name of the node's first output.
+    pub output: String,
+    /// Which of its inputs.
+    pub slot: usize,
 }
 
 /// Why a plan cannot be used.
@@ -157,6 +180,7 @@ impl Plan {
             seed: 0,
             weights: None,
             edited: Vec::new(),
+            split: Vec::new(),
         }
     }
 
@@ -164,7 +188,8 @@ impl Plan {
     pub fn read(path: &Path) -> Result<Self, PlanFileError> {
         let file = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|cause| PlanFileError::Io { file: file.clone(), cause })?;
-        let plan: Self = serde_json::from_str(&text).map_err(|e| PlanFileError::Malformed { file: file.clone(), cause: e.to_string() })?;
+        let plan: Self =
+            serde_json::from_str(&text).map_err(|e| PlanFileError::Malformed { file: file.clone(), cause: e.to_string() })?;
         if plan.schema_version > SCHEMA_VERSION {
             let cause = format!("written with schema {}, this build reads {SCHEMA_VERSION}", plan.schema_version);
             return Err(PlanFileError::Malformed { file, cause });

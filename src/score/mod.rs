@@ -46,21 +46,18 @@ pub enum ScoresError {
 impl Scores {
     /// The file's content.
     pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
-        let data: Vec<(String, Vec<u8>, usize)> = self
-            .groups
-            .iter()
-            .map(|(id, v)| (id.clone(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len()))
-            .collect();
+        let data: Vec<(String, Vec<u8>, usize)> =
+            self.groups.iter().map(|(id, v)| (id.clone(), v.iter().flat_map(|x| x.to_le_bytes()).collect(), v.len())).collect();
         let views: Vec<(&str, TensorView<'_>)> = data
             .iter()
             .map(|(id, bytes, len)| TensorView::new(Dtype::F32, vec![*len], bytes).map(|t| (id.as_str(), t)))
             .collect::<Result<_, _>>()
             .map_err(|e| e.to_string())?;
-        let meta = HashMap::from([
-            ("by".to_string(), self.by.clone()),
-            ("model_sha256".to_string(), self.model_sha256.clone()),
-            ("vitrim".to_string(), env!("CARGO_PKG_VERSION").to_string()),
-        ]);
+        let meta = serde_json::json!({
+            "by": self.by, "model_sha256": self.model_sha256, "vitrim": env!("CARGO_PKG_VERSION")
+        });
+        // One key alone: with several their order would be left to chance.
+        let meta = HashMap::from([("vitrim".to_string(), meta.to_string())]);
         let bytes = safetensors::serialize(views, Some(meta)).map_err(|e| e.to_string())?;
         Ok(bytes)
     }
@@ -84,7 +81,8 @@ impl Scores {
             }
             groups.insert(name.strip_prefix("gate.").unwrap_or(&name).to_string(), values);
         }
-        let text = |key: &str| meta.get(key).cloned().unwrap_or_default();
+        let meta: serde_json::Value = meta.get("vitrim").and_then(|t| serde_json::from_str(t).ok()).unwrap_or_default();
+        let text = |key: &str| meta.get(key).and_then(|v| v.as_str()).unwrap_or_default().to_string();
         Ok(Self { groups, by: text("by"), model_sha256: text("model_sha256") })
     }
 }

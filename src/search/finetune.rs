@@ -10,7 +10,7 @@ use super::config::{Schedule, parse_device};
 use super::read::set_weight;
 use super::step::{self, StepOptions};
 use super::trainer::{Teacher, Trainer};
-use super::{Progress, SearchError, SessionLoaders, Speed, StepProgress, loss_outputs, not_finite, rate, step_count};
+use super::{Progress, SearchError, Speed, StepProgress, loader_count, loss_outputs, not_finite, rate, step_count};
 use crate::autodiff::loss::Loss;
 use crate::autodiff::update::AdamW;
 use crate::data::{Augment, BatchOrder, Dataset, Start, Tail};
@@ -142,7 +142,7 @@ pub fn finetune(
         library: job.library.clone(),
         ..SessionOptions::default()
     };
-    let loaders = SessionLoaders::of(config.threads);
+    let loaders = loader_count(config.threads);
     let options = EvalOptions { batch, is_batch_fixed: fixed.is_some(), loaders, output: job.output.map(String::from) };
     let mut judges = Judges { data: judge, options, session: session.clone(), teacher: open(job.teacher, &session)? };
     let before = judges.judge(job.student, stop)?;

@@ -22,7 +22,7 @@ pub use config::{CONFIG_SCHEMA, Config, LossChoice, Schedule, Tie, TrainChoice, 
 pub use error::SearchError;
 pub use finetune::{FinetuneConfig, FinetuneJob, Finetuned, finetune};
 pub use read::{Run, read, read_gates, read_weights};
-pub use sites::{gate_groups, token_gates};
+pub use sites::{gates, tied_groups};
 pub use step::NEAR_ZERO;
 
 use crate::autodiff::loss::Loss;
@@ -50,9 +50,9 @@ pub struct Job<'a> {
     pub graph: &'a Graph,
     /// Of that graph.
     pub facts: &'a Facts,
-    /// The places of gates, see [`gate_groups`].
+    /// The places of gates, see [`gates`].
     pub groups: &'a [GateGroup],
-    /// The places of token gates, see [`token_gates`].
+    /// The places of token gates, see [`gates`].
     pub tokens: &'a [TokenGate],
     /// Of the model's file, in hexadecimal.
     pub model_sha256: &'a str,
@@ -145,7 +145,7 @@ pub fn run(
     }
     dir.write_config(&config)?;
     dir.open_log(position.step)?;
-    let loaders = SessionLoaders::of(config.threads);
+    let loaders = loader_count(config.threads);
     let search = Search { job, config, dir, fingerprint, trainer, position, last: None, loaders };
     search.train(data, progress, stop)
 }
@@ -214,12 +214,8 @@ pub(crate) fn fingerprint(data: &Dataset) -> Result<String, SearchError> {
 }
 
 /// Threads that load data: as many as the engine has, since either waits for the other.
-struct SessionLoaders;
-
-impl SessionLoaders {
-    fn of(threads: usize) -> usize {
-        if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, usize::from) }
-    }
+pub(crate) fn loader_count(threads: usize) -> usize {
+    if threads > 0 { threads } else { std::thread::available_parallelism().map_or(1, usize::from) }
 }
 
 fn session_options(config: &Config, library: &LibraryChoice) -> Result<SessionOptions, SearchError> {

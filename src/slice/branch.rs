@@ -106,7 +106,7 @@ impl<'a> Brancher<'a> {
         }
         let mut inputs = node.inputs().to_vec();
         let mut narrowed: BTreeMap<ValueId, (CarrierId, Cases)> = BTreeMap::new();
-        for slot in 0..inputs.len() {
+        for (slot, input) in inputs.iter_mut().enumerate() {
             let Some(carrier) = self.axes.carrier_at(self.graph, id, Slot::In(slot)) else { continue };
             let of_input = self.axes.cases_with(id, carrier, out, cases);
             let all = of_input.len() == self.axes.case_count(carrier);
@@ -117,7 +117,7 @@ impl<'a> Brancher<'a> {
                 return Err(self.error(id, "a constant is combined with parts of unlike width"));
             }
             narrowed.insert(node.inputs()[slot].expect("has a carrier"), (carrier, of_input.clone()));
-            inputs[slot] = Some(self.part(id, slot, carrier, &of_input)?);
+            *input = Some(self.part(id, slot, carrier, &of_input)?);
         }
         let name = self.graph.value(ValueId::new(out)).name().to_string();
         let made = self.graph.add_value(&format!("{name}_part"));
@@ -147,7 +147,15 @@ impl<'a> Brancher<'a> {
         let node = self.original.node(origin);
         let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { return Ok(()) };
         let look = |v: ValueId, axis: usize| kept.get(&(v, axis)).map(Vec::as_slice);
-        let mut cx = RefitCx { graph: self.graph, original: self.original, origin, id, facts: self.facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: self.graph,
+            original: self.original,
+            origin,
+            id,
+            facts: self.facts,
+            kept: &look,
+            patches: Vec::new(),
+        };
         rule(&mut cx)?;
         let patches = std::mem::take(&mut cx.patches);
         self.patches.extend(patches.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));

@@ -112,7 +112,8 @@ pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analy
     }
     let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, &sites)?;
     let (facts, anatomy) = analyse(&shorter)?;
-    let left: Kept = kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
+    let left: Kept =
+        kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
     let mut sliced = cut_units(&shorter, &facts, &anatomy, &left)?;
     cuts.append(&mut sliced.cuts);
     cloned.append(&mut sliced.cloned);

@@ -76,8 +76,7 @@ fn after(
 /// Gives a node that reads a changed shape vector the original's numbers: `Where(is number, number, vector)`.
 fn restore_source(graph: &mut Graph, facts: &Facts, id: NodeId, tainted: &SideMap<ValueId, Option<Fact>>) {
     for slot in 0..graph.node(id).inputs().len() {
-        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some))
-        else {
+        let Some(v) = graph.node(id).input(slot).filter(|v| tainted.get(*v).is_some_and(Option::is_some)) else {
             continue;
         };
         let Some(Known::Ints(old)) = &facts.get(v).known else { continue };
@@ -156,9 +155,12 @@ pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize
 
 /// Length of an integer vector; of one that was put in a moment ago, too.
 fn length(graph: &Graph, facts: &Facts, v: ValueId) -> Option<usize> {
-    match graph.constant(v) {
-        Some(t) => t.dims.first().copied(),
-        None => facts.shape(v)?.first()?.size(),
+    let new = facts.shape(v).is_none();
+    match (graph.constant(v), graph.value(v).producer()) {
+        (Some(t), _) => t.dims.first().copied(),
+        // An overlay: as long as its numbers.
+        (None, Some((n, _))) if new && graph.node(n).op() == "Where" => length(graph, facts, graph.node(n).input(1)?),
+        _ => facts.shape(v)?.first()?.size(),
     }
 }
 

@@ -28,7 +28,8 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
     for (name, cuts) in by_name {
         let Some(v) = graph.find(name) else { continue };
         let Some(tensor) = graph.constant(v) else { continue };
-        let of_units: Vec<&TensorCut> = cuts.into_iter().filter(|c| !token_constants.contains(&(name.to_string(), c.axis))).collect();
+        let of_units: Vec<&TensorCut> =
+            cuts.into_iter().filter(|c| !token_constants.contains(&(name.to_string(), c.axis))).collect();
         let from = edited.contains(name).then(|| sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))).flatten();
         let zeroed = match from {
             Some(small) => spread(&tensor, &small, &of_units),
@@ -38,7 +39,9 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
     }
     for name in edited {
         let uncut = !sliced.cuts.iter().any(|c| c.initializer == *name);
-        if let (true, Some(v), Some(t)) = (uncut, graph.find(name), sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))) {
+        if let (true, Some(v), Some(t)) =
+            (uncut, graph.find(name), sliced.graph.find(name).and_then(|v| sliced.graph.constant(v)))
+        {
             out.set_constant(v, t);
         }
     }

@@ -1,7 +1,7 @@
 //! Gates: inputs of the supernet that multiply the operand of a sink.
 //!
-//! Example: group `qk.3` of 3 heads x 64 gates the operand q [B, 3, N, 64] over axes [1, 3]: its gate [192], reshaped to
-//! [3, 1, 64], multiplies q. Where the gate covers its axis unit by unit, it costs one Mul and nothing else.
+//! Example: group `qk.3` of 3 heads x 64 gates the operand q `[B, 3, N, 64]` over axes 1 and 3: its gate `[192]`, reshaped to
+//! `[3, 1, 64]`, multiplies q. Where the gate covers its axis unit by unit, it costs one Mul and nothing else.
 //! Several gates of one operand are first multiplied with each other, since they are small.
 
 use super::spread::{Fill, Place};

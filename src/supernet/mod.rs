@@ -1,7 +1,7 @@
 //! Graph and gates -> Supernet: a training graph that any ONNX Runtime runs.
 //!
-//! Example: for an MLP group of 768 units whose sink is the second MatMul, the operand [B, N, 768] is multiplied by the input
-//! `gate.mlp.0` [768] before the MatMul; the graph then also computes `loss` and `grad.gate.mlp.0` [768].
+//! Example: for an MLP group of 768 units whose sink is the second MatMul, the operand `[B, N, 768]` is multiplied by the input
+//! `gate.mlp.0` `[768]` before the MatMul; the graph then also computes `loss` and `grad.gate.mlp.0` `[768]`.
 //! Stages: rewrites that keep the function ([`rewrite`]), gates ([`gate`]), token masks ([`token`]), weights that become inputs
 //! ([`params`]), then loss, gradients and update from `autodiff`.
 //! Invariant: with all gates 1 the original outputs are the original's (contract C1); names of original inputs and outputs stay.

@@ -1,0 +1,41 @@
+//! Model -> training graph.
+
+use super::{Error, Model};
+use crate::anatomy::Kind;
+use crate::autodiff::loss::Loss;
+use crate::search;
+use crate::supernet::{self, Options, Supernet};
+use std::collections::BTreeSet;
+
+/// What a training graph should have.
+#[derive(Clone, Debug)]
+pub struct AugmentAsk {
+    /// Kinds that get gates.
+    pub kinds: BTreeSet<Kind>,
+    /// Whether `qk` and `vo` of a layer share a gate.
+    pub tie_qkv: bool,
+    /// Everything else, but for tied groups and outputs of the loss.
+    pub options: Options,
+    /// The output that the loss compares.
+    pub output: Option<String>,
+}
+
+/// Builds the training graph.
+pub fn augment(model: &Model, ask: &AugmentAsk) -> Result<Supernet, Error> {
+    let graph = model.graph();
+    let kinds: Vec<Kind> = ask.kinds.iter().copied().collect();
+    let (groups, tokens) = search::gates(graph, &model.anatomy, &kinds);
+    let mut options = Options { loss_outputs: Vec::new(), ..ask.options.clone() };
+    if ask.tie_qkv {
+        options.tied = search::tied_groups(&groups);
+    }
+    if let Some(output) = &ask.output {
+        super::class_output(model, Some(output))?;
+        options.loss_outputs.extend(graph.find(output));
+    } else if matches!(options.loss, Loss::Ce | Loss::SoftCe | Loss::Kd) {
+        let output = super::class_output(model, None)?;
+        options.loss_outputs.extend(output.and_then(|name| graph.find(&name)));
+    }
+    supernet::build(graph, &model.facts, &groups, &tokens, &options)
+        .map_err(|cause| Error::Supernet { file: model.path.clone(), cause })
+}
