@@ -22,9 +22,14 @@ use vitrim::graph::build::Builder;
 use vitrim::graph::{DType, Declared, Graph, NodeId, Tensor, ValueId};
 use vitrim::infer::{self, Facts, Known};
 use vitrim::ops::{self, Grad};
+use vitrim::supernet::decompose;
 
 fn cases() -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ops");
+    cases_in("ops")
+}
+
+fn cases_in(folder: &str) -> Vec<Case> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(folder);
     let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|f| f.unwrap().path()).collect();
     files.sort();
     let mut cases = Vec::new();
@@ -41,7 +46,8 @@ fn cases() -> Vec<Case> {
 /// Runs `check` on every case that asks for it; all failures are shown together.
 fn check_all(name: &str, check: impl Fn(&Case) -> Result<(), String>) {
     let (mut failed, mut count) = (Vec::new(), 0);
-    for case in cases().iter().filter(|c| c.asks(name)) {
+    let all: Vec<Case> = cases().into_iter().chain(cases_in("fused")).collect();
+    for case in all.iter().filter(|c| c.asks(name)) {
         count += 1;
         if let Err(e) = check(case) {
             failed.push(format!("{}: {e}", case.label));
@@ -123,6 +129,32 @@ fn compare(graph: &Graph, facts: &Facts, outputs: &[(String, Array)], batch: i64
         };
         if !same {
             return Err(format!("{name}: content {:?}, runtime {:?}", fact.known, array.data));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_operators_written_out_compute_the_same() {
+    if has_ort() {
+        check_all("fused", check_fused);
+    }
+}
+
+fn check_fused(case: &Case) -> Result<(), String> {
+    let mut graph = case.graph(Batch::Fixed);
+    let feeds = case.feeds();
+    let expected = session(&graph)?.run(&feeds).map_err(|e| e.to_string())?;
+    let apart = decompose::run(&mut graph).map_err(|e| e.to_string())?;
+    if apart != ["node"] || graph.nodes().any(|(_, n)| !n.domain().is_empty()) {
+        return Err(format!("written out: {apart:?}"));
+    }
+    let found = session(&graph)?.run(&feeds).map_err(|e| e.to_string())?;
+    for (name, y) in &expected {
+        let z = output(&found, name);
+        let error = harness::relative_error(&z.as_f32(), &y.as_f32());
+        if z.dims != y.dims || error > 1e-5 {
+            return Err(format!("{name}: {:?} against {:?}, {error:.1e}", z.dims, y.dims));
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use harness::{Random, f32s, has_ort, output, relative_error, session};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use vitrim::autodiff::cuda;
+use vitrim::autodiff::loss::Loss;
 use vitrim::autodiff::update::AdamW;
 use vitrim::data::array::{Array, ArrayData};
 use vitrim::graph::{Graph, check};
@@ -194,19 +195,9 @@ fn per_sample_gradients_are_those_of_each_sample_alone() {
         let single = build(&model, &model.groups, &model.tokens, &Options::default());
         for row in 0..4 {
             let mut feeds = feeds(&model, &single, 1, &[]);
-            let alone = |key: &str| {
-                let row = model.recorded[key].row(row).unwrap();
-                Array {
-                    dims: [&[1], &row.dims[if row.dims.first() == Some(&1) && key == "labels" { 1 } else { 0 }..]].concat(),
-                    ..row
-                }
-            };
-            for (input, key) in [("input", "input"), ("labels", "labels")] {
-                let mut array = alone(key);
-                if array.dims.len() > model.recorded[key].dims.len() {
-                    array.dims.remove(0);
-                }
-                set(&mut feeds, input, array);
+            for key in ["input", "labels"] {
+                let alone = model.recorded[key].row(row).unwrap();
+                set(&mut feeds, key, Array { dims: [&[1], &alone.dims[..]].concat(), ..alone });
             }
             let outputs = run(&single, &feeds);
             for gate in &single.gates {
@@ -215,6 +206,118 @@ fn per_sample_gradients_are_those_of_each_sample_alone() {
                 let error = relative_error(found, &output(&outputs, &key).as_f32());
                 assert!(error < 10.0 * TOLERANCE, "{name} {key} row {row}: {error:.1e}");
             }
+        }
+    }
+}
+
+/// Each loss on its own formula in float64, and its gradient along the gradient by a central difference.
+#[test]
+fn losses_are_their_formulas() {
+    if !has_ort() {
+        return;
+    }
+    let model = model("plain-dynamo18");
+    let logits: Vec<Vec<f64>> =
+        model.recorded["logits"].as_f32().chunks(5).map(|r| r.iter().map(|v| f64::from(*v)).collect()).collect();
+    let labels = model.recorded["labels"].data.to_i64().unwrap();
+    let mut random = Random(3);
+    let other = random.f32s(20, -1.0, 1.0);
+    let soft: Vec<f32> = other.chunks(5).flat_map(softmax).collect();
+    let rows = |v: &[f32]| -> Vec<Vec<f64>> { v.chunks(5).map(|r| r.iter().map(|x| f64::from(*x)).collect()).collect() };
+    let mean = |f: &dyn Fn(usize) -> f64| (0..4).map(f).sum::<f64>() / 4.0;
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let (y, t, p) = (&logits, rows(&other), rows(&soft));
+    let cases: [(Loss, &[f32], f64); 5] = [
+        (Loss::Ce, &[], mean(&|b| -log_softmax(&y[b])[labels[b] as usize])),
+        (Loss::SoftCe, &soft, mean(&|b| -dot(&p[b], &log_softmax(&y[b])))),
+        (
+            Loss::Kd,
+            &other,
+            mean(&|b| (0..5).map(|c| (log_softmax(&t[b])[c]).exp() * (log_softmax(&t[b])[c] - log_softmax(&y[b])[c])).sum()),
+        ),
+        (Loss::Mse, &other, mean(&|b| (0..5).map(|c| (y[b][c] - t[b][c]).powi(2)).sum::<f64>() / 5.0)),
+        (Loss::Cosine, &other, mean(&|b| 1.0 - dot(&y[b], &t[b]) / (dot(&y[b], &y[b]) * dot(&t[b], &t[b])).sqrt())),
+    ];
+    for (loss, target, expected) in cases {
+        let net = build(&model, &model.groups, &[], &Options { loss, ..Options::default() });
+        let mut feeds = feeds(&model, &net, 4, &[]);
+        if !target.is_empty() {
+            set(&mut feeds, "target.logits", f32s(&[4, 5], target.to_vec()));
+        }
+        let mut session = session(&net.graph).unwrap();
+        let outputs = session.run(&feeds).unwrap();
+        let found = f64::from(output(&outputs, "loss").as_f32()[0]);
+        assert!((found - expected).abs() < 1e-5 * expected.abs().max(1.0), "{loss:?}: {found} against {expected}");
+        let grads: Vec<(String, Vec<f32>)> =
+            net.gates.iter().map(|g| (g.input.clone(), output(&outputs, &format!("grad.{}", g.input)).as_f32())).collect();
+        let norm = grads.iter().flat_map(|(_, g)| g).map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+        let mut at = |sign: f64| {
+            for (name, grad) in &grads {
+                let moved = grad.iter().map(|g| (1.0 + sign * 0.01 * f64::from(*g) / norm) as f32).collect();
+                set(&mut feeds, name, f32s(&[grad.len()], moved));
+            }
+            f64::from(output(&session.run(&feeds).unwrap(), "loss").as_f32()[0])
+        };
+        let slope = (at(1.0) - at(-1.0)) / 0.02;
+        assert!((slope / norm - 1.0).abs() < 1e-2, "{loss:?}: slope {slope} against {norm}");
+    }
+}
+
+fn softmax(row: &[f32]) -> Vec<f32> {
+    let row: Vec<f64> = row.iter().map(|v| f64::from(*v)).collect();
+    log_softmax(&row).into_iter().map(|v| v.exp() as f32).collect()
+}
+
+fn log_softmax(row: &[f64]) -> Vec<f64> {
+    let sum = row.iter().map(|v| v.exp()).sum::<f64>().ln();
+    row.iter().map(|v| v - sum).collect()
+}
+
+/// In the same memory, a new value may only be written when everything that reads the old one is done: no reader of a trained
+/// value may be outside of what its update waits for.
+#[test]
+fn every_update_waits_for_all_readers_of_the_old_value() {
+    for name in MODELS {
+        let model = model(name);
+        let options = Options { train: Train::All, optimizer: Some(AdamW::default()), ..Options::default() };
+        let net = build(&model, &model.groups, &model.tokens, &options);
+        let graph = &net.graph;
+        for trained in net.inputs.iter().filter(|i| graph.find(&format!("next.{}", i.name)).is_some()) {
+            let next = graph.find(&format!("next.{}", trained.name)).unwrap();
+            let mut waited = std::collections::BTreeSet::new();
+            let mut stack = vec![next];
+            while let Some(v) = stack.pop() {
+                if let Some((id, _)) = graph.value(v).producer()
+                    && waited.insert(id)
+                {
+                    stack.extend(graph.node(id).inputs().iter().flatten());
+                }
+            }
+            for reader in graph.value(graph.find(&trained.name).unwrap()).users() {
+                assert!(waited.contains(&reader.node), "{name}: {} does not wait for {}", trained.name, graph.label(reader.node));
+            }
+        }
+    }
+}
+
+/// Between the linear layers only Erf, Add and Mul remain of GELU, whichever way the exporter wrote it.
+#[test]
+fn gelu_loses_its_scales() {
+    for name in MODELS {
+        let model = model(name);
+        let mut graph = model.graph.clone();
+        supernet::rewrite::run(&mut graph);
+        graph.sort();
+        assert_eq!(check::check(&graph), vec![]);
+        let erfs: Vec<_> = graph.nodes().filter(|(_, n)| n.op() == "Erf").collect();
+        assert_eq!(erfs.len(), 2, "{name}");
+        for (_, erf) in erfs {
+            let (bias, _) = graph.value(erf.input(0).unwrap()).producer().unwrap();
+            let one = graph.value(erf.output(0).unwrap()).users()[0].node;
+            let product = graph.value(graph.node(one).output(0).unwrap()).users()[0].node;
+            let reader = graph.value(graph.node(product).output(0).unwrap()).users()[0].node;
+            let ops = [bias, one, product, reader].map(|id| graph.node(id).op().to_string());
+            assert_eq!(ops, ["Add", "Add", "Mul", "MatMul"], "{name}");
         }
     }
 }

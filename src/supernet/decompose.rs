@@ -238,7 +238,11 @@ fn embed_norm(f: &mut Fused<'_>) -> Option<Vec<Option<ValueId>>> {
     let y = layer_norm(f, sum, gamma, Some(beta));
     let count = match f.input(7) {
         Some(mask) if f.is_read(1) => Some(f.b.reduce_sum(mask, &[1], false)),
-        None if f.is_read(1) => return None,
+        // Without a mask the count is 0, which is what the fused kernel writes.
+        None if f.is_read(1) => {
+            let nothing = f.b.sub(ids, ids);
+            Some(f.b.reduce_sum(nothing, &[1], false))
+        }
         _ => None,
     };
     Some(vec![Some(y), count, Some(sum)])
