@@ -4,7 +4,12 @@
 //! `cargo bench --bench budgets [-- --seeds 3 --epochs 3 --finetune-epochs 2 --out DIR]` prints the table of the README: mean and
 //! standard deviation over seeds, on the held-out test digits. Every model is made by the command `vitrim`, as a user would.
 
-#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, reason = "a benchmark prints, and stops at what is wrong")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark prints, and stops at what is wrong"
+)]
 
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -56,7 +61,9 @@ fn one_seed(s: &Settings, seed: u64, table: &mut Table) {
     let run = s.out.join(format!("run-{seed}"));
     let text = seed.to_string();
     eprintln!("seed {seed}: search");
-    vitrim(&[&["search", MODEL, "--data", TRAIN, "--epochs", &s.epochs, "--seed", &text, "-q", "--run"], &[path(&run)][..]].concat());
+    vitrim(
+        &[&["search", MODEL, "--data", TRAIN, "--epochs", &s.epochs, "--seed", &text, "-q", "--run"], &[path(&run)][..]].concat(),
+    );
     let mut keep = |source: &str, budget: &str, stage, quality| {
         table.entry((source.to_string(), budget.to_string(), stage)).or_default().push(quality);
     };

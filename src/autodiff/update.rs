@@ -4,15 +4,17 @@
 //!   `M' = b1 M + g`, `V' = b2 V + g^2`, `w' = c w - a M' / (sqrt V' + e)`,
 //!   `a = lr r1 / sqrt r2`, `e = eps / sqrt r2`, `c = 1 - lr wd`, `ri = (1 - bi) / (1 - bi^step)`,
 //! where a, c, e are scalars, computed once per step. Moments start as zeros; `step` counts from 1.
-//! Invariant: every new value waits for all reads of the old ones, so it may be written in the same memory: each update takes
-//! its gradient times a factor that depends on the global gradient norm, on the loss, and on every other reader of a trained
-//! value. Without this a runtime may write `next.w` before `dX = dY * W^T` has read `w`.
+//! Vectors (biases, scales, gates) are joined before and split after: two thirds of the tensors, and of the nodes, hold a
+//! hundredth of the numbers.
+//! Invariant: every new value waits for all reads of the old ones, so it may be written in the same memory: a, or with clipping
+//! each gradient, is multiplied by a factor that depends on the global gradient norm, on the loss, and on every other reader of a
+//! trained value; moments have no other reader. Without this a runtime may write `next.w` before `dX = dY * W^T` has read `w`.
 //! Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 2.
 
 use super::AutodiffError;
 use super::interface::{self, Role};
-use crate::graph::build::Builder;
-use crate::graph::{DType, DeclaredDim, Graph, Id, NodeId, ValueId};
+use crate::graph::build::{Builder, attr};
+use crate::graph::{AttrValue, DType, DeclaredDim, Graph, Id, NodeId, ValueId};
 
 /// Constants of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,8 +74,57 @@ struct Step {
     c: ValueId,
     e: ValueId,
     zero: ValueId,
-    /// What gradients are multiplied by; waits for every read of an old value.
-    factor: ValueId,
+    /// What gradients are multiplied by, where they are clipped; else it is in a.
+    clip: Option<ValueId>,
+}
+
+/// Tensors that are updated as one: a tensor alone, or vectors joined.
+struct Bundle<'a> {
+    members: Vec<&'a Trained>,
+    /// The gradient of all.
+    grad: ValueId,
+}
+
+impl Bundle<'_> {
+    /// `joined` in parts of the members' sizes.
+    fn split(&self, graph: &mut Graph, joined: ValueId) -> Vec<ValueId> {
+        if self.members.len() == 1 {
+            return vec![joined];
+        }
+        let mut b = Builder::new(graph, "adam.");
+        let sizes: Vec<i64> = self.members.iter().map(|t| t.dims.iter().product::<usize>() as i64).collect();
+        let axis = attr("axis", AttrValue::Int(0));
+        if b.opset() >= 13 {
+            let count = sizes.len();
+            let sizes = b.ints(&sizes);
+            return b.ops("Split", &[joined, sizes], vec![axis], count);
+        }
+        b.ops("Split", &[joined], vec![axis, attr("split", AttrValue::Ints(sizes.clone()))], sizes.len())
+    }
+}
+
+fn join(graph: &mut Graph, values: &[ValueId]) -> ValueId {
+    match values {
+        [one] => *one,
+        _ => Builder::new(graph, "adam.").concat(values, 0),
+    }
+}
+
+/// Vectors together, by what applies to them; everything else alone.
+fn bundles<'a>(graph: &mut Graph, trained: &'a [Trained]) -> Vec<Bundle<'a>> {
+    let mut joined: Vec<Vec<&Trained>> = Vec::new();
+    for t in trained {
+        let like = |o: &Trained| (o.dims.len(), o.decay, o.at_least_zero) == (1, t.decay, t.at_least_zero);
+        match joined.iter_mut().find(|members| t.dims.len() == 1 && members.iter().all(|o| like(o))) {
+            Some(members) => members.push(t),
+            None => joined.push(vec![t]),
+        }
+    }
+    let bundle = |members: Vec<&'a Trained>| {
+        let grads: Vec<ValueId> = members.iter().map(|t| t.grad).collect();
+        Bundle { grad: join(graph, &grads), members }
+    };
+    joined.into_iter().map(bundle).collect()
 }
 
 /// Appends one step of AdamW for all of `trained`. Nodes that no output needs must be gone before.
@@ -84,21 +135,22 @@ pub fn add(graph: &mut Graph, adam: &AdamW, loss: ValueId, trained: &[Trained]) 
     let lr = interface::add_input(graph, "lr", DType::F32, vec![])?;
     let step = interface::add_input(graph, "step", DType::F32, vec![])?;
     update.inputs.extend([(lr, Role::Scalar), (step, Role::Scalar)]);
-    let norm = global_norm(graph, trained);
+    let bundles = bundles(graph, trained);
+    let norm = global_norm(graph, &bundles);
     let factor = factor(graph, adam, norm, loss, trained);
     update.outputs.push(interface::add_output(graph, norm, "grad.norm", vec![])?);
     let step = step_scalars(graph, adam, lr, step, factor);
-    for t in trained {
-        add_one(graph, &step, t, adam.weight_decay > 0.0 && t.decay, &mut update)?;
+    for bundle in &bundles {
+        add_one(graph, &step, bundle, adam.weight_decay > 0.0, &mut update)?;
     }
     Ok(update)
 }
 
 /// `sqrt(sum of squares of all gradients)`. Shape: [].
-fn global_norm(graph: &mut Graph, trained: &[Trained]) -> ValueId {
+fn global_norm(graph: &mut Graph, bundles: &[Bundle<'_>]) -> ValueId {
     let mut b = Builder::new(graph, "adam.");
-    let no_keep = || vec![crate::graph::build::attr("keepdims", crate::graph::AttrValue::Int(0))];
-    let squares: Vec<ValueId> = trained.iter().map(|t| b.op("ReduceSumSquare", &[t.grad], no_keep())).collect();
+    let no_keep = || vec![attr("keepdims", AttrValue::Int(0))];
+    let squares: Vec<ValueId> = bundles.iter().map(|t| b.op("ReduceSumSquare", &[t.grad], no_keep())).collect();
     let total = match squares[..] {
         [] => b.scalar(DType::F32, 0.0),
         [one] => one,
@@ -121,7 +173,7 @@ fn factor(graph: &mut Graph, adam: &AdamW, norm: ValueId, loss: ValueId, trained
         let out = b.graph.node(reader).outputs().iter().flatten().next().copied();
         waits.extend(out.map(|v| {
             let float = b.cast(v, DType::F32);
-            b.op("ReduceSum", &[float], vec![crate::graph::build::attr("keepdims", crate::graph::AttrValue::Int(0))])
+            b.op("ReduceSum", &[float], vec![attr("keepdims", AttrValue::Int(0))])
         }));
     }
     for wait in waits {
@@ -166,25 +218,34 @@ fn step_scalars(graph: &mut Graph, adam: &AdamW, lr: ValueId, step: ValueId, fac
     let epsilon = b.scalar(DType::F32, adam.epsilon);
     let decay = b.scalar(DType::F32, adam.weight_decay);
     let shrink = b.mul(lr, decay);
+    let a = b.div(rate, root);
+    let clips = adam.clip_norm.is_some();
     Step {
-        a: b.div(rate, root),
+        a: if clips { a } else { b.mul(a, factor) },
         e: b.div(epsilon, root),
         c: b.sub(one, shrink),
         beta1: b.scalar(DType::F32, adam.beta1),
         beta2: b.scalar(DType::F32, adam.beta2),
         zero: b.scalar(DType::F32, 0.0),
-        factor,
+        clip: clips.then_some(factor),
     }
 }
 
-fn add_one(graph: &mut Graph, s: &Step, t: &Trained, decay: bool, update: &mut Update) -> Result<(), AutodiffError> {
-    let name = graph.value(t.value).name().to_string();
-    let dims: Vec<DeclaredDim> = t.dims.iter().map(|d| DeclaredDim::Size(*d as i64)).collect();
-    let m = interface::add_input(graph, &format!("adam.m.{name}"), DType::F32, dims.clone())?;
-    let v = interface::add_input(graph, &format!("adam.v.{name}"), DType::F32, dims.clone())?;
-    update.inputs.extend([(m, Role::Moment), (v, Role::Moment)]);
+fn add_one(graph: &mut Graph, s: &Step, bundle: &Bundle<'_>, decays: bool, update: &mut Update) -> Result<(), AutodiffError> {
+    let mut moments = |graph: &mut Graph, what: &str| -> Result<ValueId, AutodiffError> {
+        let mut inputs = Vec::with_capacity(bundle.members.len());
+        for t in &bundle.members {
+            let name = format!("adam.{what}.{}", graph.value(t.value).name());
+            inputs.push(interface::add_input(graph, &name, DType::F32, dims(t))?);
+        }
+        update.inputs.extend(inputs.iter().map(|v| (*v, Role::Moment)));
+        Ok(join(graph, &inputs))
+    };
+    let (m, v) = (moments(graph, "m")?, moments(graph, "v")?);
+    let values: Vec<ValueId> = bundle.members.iter().map(|t| t.value).collect();
+    let value = join(graph, &values);
     let mut b = Builder::new(graph, "adam.");
-    let g = b.mul(t.grad, s.factor);
+    let g = s.clip.map_or(bundle.grad, |factor| b.mul(bundle.grad, factor));
     let old_m = b.mul(m, s.beta1);
     let next_m = b.add(old_m, g);
     let old_v = b.mul(v, s.beta2);
@@ -194,13 +255,20 @@ fn add_one(graph: &mut Graph, s: &Step, t: &Trained, decay: bool, update: &mut U
     let divisor = b.add(root, s.e);
     let direction = b.div(next_m, divisor);
     let move_by = b.mul(direction, s.a);
-    let kept = if decay { b.mul(t.value, s.c) } else { t.value };
+    let kept = if decays && bundle.members[0].decay { b.mul(value, s.c) } else { value };
     let mut next = b.sub(kept, move_by);
-    if t.at_least_zero {
+    if bundle.members[0].at_least_zero {
         next = b.op("Max", &[next, s.zero], vec![]);
     }
-    for (value, what) in [(next, ""), (next_m, "adam.m."), (next_v, "adam.v.")] {
-        update.outputs.push(interface::add_output(graph, value, &format!("next.{what}{name}"), dims.clone())?);
+    for (joined, what) in [(next, ""), (next_m, "adam.m."), (next_v, "adam.v.")] {
+        for (part, t) in bundle.split(graph, joined).into_iter().zip(&bundle.members) {
+            let name = format!("next.{what}{}", graph.value(t.value).name());
+            update.outputs.push(interface::add_output(graph, part, &name, dims(t))?);
+        }
     }
     Ok(())
+}
+
+fn dims(t: &Trained) -> Vec<DeclaredDim> {
+    t.dims.iter().map(|d| DeclaredDim::Size(*d as i64)).collect()
 }

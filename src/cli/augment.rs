@@ -106,7 +106,12 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         print_json(&report(&net))?;
     } else {
         let units: usize = net.gates.iter().map(|g| g.units).sum();
-        talk.say(format!("{}: {} gates of {units} units, {} weights train", args.out.display(), net.gates.len(), net.params.len()));
+        talk.say(format!(
+            "{}: {} gates of {units} units, {} weights train",
+            args.out.display(),
+            net.gates.len(),
+            net.params.len()
+        ));
     }
     Ok(Verdict::Done)
 }
@@ -159,7 +164,10 @@ fn report(net: &Supernet) -> Value {
             json!({ "name": value.name(), "shape": shape(dims), "dtype": declared.and_then(|d| d.dtype).map(DType::name) })
         })
         .collect();
-    let gates: Vec<Value> =
-        net.gates.iter().flat_map(|g| g.groups.iter().map(|id| json!({ "group": id, "units": g.units, "input": g.input }))).collect();
+    let gates: Vec<Value> = net
+        .gates
+        .iter()
+        .flat_map(|g| g.groups.iter().map(|id| json!({ "group": id, "units": g.units, "input": g.input })))
+        .collect();
     json!({ "schema_version": crate::plan::SCHEMA_VERSION, "inputs": inputs, "outputs": outputs, "gates": gates })
 }

@@ -73,8 +73,9 @@ impl EngineArgs {
 
     /// The device, or `default`.
     pub(super) fn device(&self, default: &str) -> Result<Device, Failure> {
-        search::parse_device(self.device.as_deref().unwrap_or(default))
-            .map_err(|_| Failure::bad("V0003", None, format!("--device '{}': expected auto, cpu or cuda:N", self.device_word(default))))
+        search::parse_device(self.device.as_deref().unwrap_or(default)).map_err(|_| {
+            Failure::bad("V0003", None, format!("--device '{}': expected auto, cpu or cuda:N", self.device_word(default)))
+        })
     }
 
     /// The device as a word.
@@ -156,9 +157,10 @@ pub(super) fn fraction(flag: &str, text: &str) -> Result<f64, Failure> {
         Some(percent) => percent.trim().parse::<f64>().map(|p| p / 100.0),
         None => text.trim().parse::<f64>(),
     };
-    number.ok().filter(|f| *f > 0.0 && *f <= 1.0).ok_or_else(|| {
-        Failure::bad("V0002", None, format!("{flag}: '{text}' must be in (0,1], e.g. 0.5 or 50%"))
-    })
+    number
+        .ok()
+        .filter(|f| *f > 0.0 && *f <= 1.0)
+        .ok_or_else(|| Failure::bad("V0002", None, format!("{flag}: '{text}' must be in (0,1], e.g. 0.5 or 50%")))
 }
 
 /// `key=value` pairs, separated by commas.

@@ -60,7 +60,9 @@ impl Talk {
     pub(super) fn install(&self, step: &runtime::Progress) {
         match step {
             runtime::Progress::Present { .. } => {}
-            runtime::Progress::Downloading { package } => self.say(format!("ONNX Runtime is not here: fetching {package} with pip (once)")),
+            runtime::Progress::Downloading { package } => {
+                self.say(format!("ONNX Runtime is not here: fetching {package} with pip (once)"))
+            }
             runtime::Progress::Checking { bytes } => self.say(format!("checking {} MB", bytes / 1_000_000)),
             runtime::Progress::Unpacking { file } => self.say(format!("unpacking {file}")),
             runtime::Progress::Done { folder } => self.say(format!("ONNX Runtime is in {}", folder.display())),

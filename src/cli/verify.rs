@@ -102,7 +102,17 @@ pub(super) fn table(verdict: &verify::Verdict) -> String {
         let result = if c.pass { "ok".to_string() } else { format!("FAILED {}", shown(c.reason.as_deref().unwrap_or(""))) };
         let runtime = format!("{} {}", c.runtime, c.version);
         let (max, tolerance, noise) = (number(c.max_abs), number(Some(c.tolerance)), number(c.noise));
-        table.add_row(vec![runtime, input.into(), c.batch.to_string(), shown(&c.output), max, tolerance, noise, equal.into(), result]);
+        table.add_row(vec![
+            runtime,
+            input.into(),
+            c.batch.to_string(),
+            shown(&c.output),
+            max,
+            tolerance,
+            noise,
+            equal.into(),
+            result,
+        ]);
     }
     let mut text = if verdict.checks.is_empty() { String::new() } else { format!("{table}\n") };
     for s in &verdict.skipped {
@@ -113,7 +123,8 @@ pub(super) fn table(verdict: &verify::Verdict) -> String {
         Edits::Unproven => text += "edits: unproven (weights were changed on purpose; give --data to measure what that does)\n",
         Edits::Measured { n, kl, top1_agreement } => {
             let kl = kl.map_or("not finite".to_string(), |kl| format!("{kl:.4}"));
-            text += &format!("edits: KL from the original {kl} nats, top-1 agreement {:.2} % (n = {n})\n", top1_agreement * 100.0);
+            text +=
+                &format!("edits: KL from the original {kl} nats, top-1 agreement {:.2} % (n = {n})\n", top1_agreement * 100.0);
         }
     }
     if let Some(a) = &verdict.accuracy {

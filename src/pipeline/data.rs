@@ -45,7 +45,10 @@ pub fn open_data(model: &Model, choice: &DataChoice) -> Result<Dataset, Error> {
         return Err(Error::unsuitable(&model.path, format!("--input {name}: the model's inputs are {}", names.join(", "))));
     }
     if choice.path.is_dir() && names.len() > 1 && choice.input.is_none() {
-        let reason = format!("has several inputs ({}): name the image input with --input, or give an .npz with an array for each", names.join(", "));
+        let reason = format!(
+            "has several inputs ({}): name the image input with --input, or give an .npz with an array for each",
+            names.join(", ")
+        );
         return Err(Error::unsuitable(&model.path, reason));
     }
     let options = data::Options {
@@ -93,7 +96,10 @@ pub fn class_output(model: &Model, named: Option<&str>) -> Result<Option<String>
         [one] => Ok(Some(name(one))),
         several => {
             let names: Vec<String> = several.iter().map(name).collect();
-            Err(Error::unsuitable(&model.path, format!("has several outputs ({}): name the output with --output", names.join(", "))))
+            Err(Error::unsuitable(
+                &model.path,
+                format!("has several outputs ({}): name the output with --output", names.join(", ")),
+            ))
         }
     }
 }

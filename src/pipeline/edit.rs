@@ -153,8 +153,7 @@ pub fn record_trained(plan: &mut Plan, old: &Graph, new: &Graph) -> bool {
         return false;
     }
     let before = plan.edited.drain(..).flat_map(|e| {
-        let words: Vec<&'static str> =
-            ["folded", "trained", "finetuned"].into_iter().filter(|w| e.why.contains(w)).collect();
+        let words: Vec<&'static str> = ["folded", "trained", "finetuned"].into_iter().filter(|w| e.why.contains(w)).collect();
         words.into_iter().map(move |w| (e.initializer.clone(), w)).collect::<Vec<_>>()
     });
     let mut why: Vec<(String, &'static str)> = before.collect();

@@ -3,6 +3,8 @@
 //! Example: group `qk.3` of 3 heads x 64 gates the operand q `[B, 3, N, 64]` over axes 1 and 3: its gate `[192]`, reshaped to
 //! `[3, 1, 64]`, multiplies q. Where the gate covers its axis unit by unit, it costs one Mul and nothing else.
 //! Several gates of one operand are first multiplied with each other, since they are small.
+//! Where a weight trains, the gate of the axis that it contracts multiplies the weight: `(x g) W = x (g W)`. The gradient of W is
+//! computed anyway, W is smaller than x, and no second x is kept for the backward pass (a tenth of a DeiT's activations).
 
 use super::spread::{Fill, Place};
 use super::token::TokenGate;
@@ -109,21 +111,30 @@ impl Gates {
 /// What multiplies one operand: gate, axes, index.
 type Factors = Vec<(ValueId, Vec<usize>, Vec<Option<u32>>)>;
 
-/// Multiplies every site's operand with its gates; equal operands with equal gates share one product.
+/// Multiplies every site's operand with its gates; equal operands with equal gates share one product. `weights` are the
+/// constants that will train.
 pub(super) fn insert(
     graph: &mut Graph,
     model: (&Graph, &Facts),
     groups: &[GateGroup],
     gates: &Gates,
+    weights: &[ValueId],
 ) -> Result<(), SupernetError> {
-    let mut by_use: BTreeMap<Use, Vec<(&GateGroup, &GateSite)>> = BTreeMap::new();
+    let facts = model.1;
+    let mut by_use: BTreeMap<Use, Vec<(&GateGroup, GateSite)>> = BTreeMap::new();
     for group in groups {
         for site in &group.sites {
-            by_use.entry(site.value_use).or_default().push((group, site));
+            by_use.entry(site.value_use).or_default().push((group, site.clone()));
         }
     }
     let mut done: BTreeMap<(ValueId, Factors), ValueId> = BTreeMap::new();
-    for (at, sites) in by_use {
+    for (mut at, mut sites) in by_use {
+        if let Some((weight, axis)) = weight_side(graph, facts, at, &sites).filter(|_| !gates.per_sample)
+            && graph.node(weight.node).input(weight.slot).is_some_and(|w| weights.contains(&w))
+        {
+            at = weight;
+            sites.iter_mut().for_each(|(_, site)| site.axes = vec![axis]);
+        }
         let factors = sites.iter().map(|(g, s)| (gates.of(&g.id), s.axes.clone(), s.index.clone())).collect();
         let Some(operand) = graph.node(at.node).input(at.slot) else {
             return Err(site_error(graph, sites[0].0, at, format!("it has no input {}", at.slot)));
@@ -143,6 +154,30 @@ pub(super) fn insert(
     Ok(())
 }
 
+/// The other operand of a product with a matrix, and its axis that is contracted, where all gates lie on just that axis.
+fn weight_side(graph: &Graph, facts: &Facts, at: Use, sites: &[(&GateGroup, GateSite)]) -> Option<(Use, usize)> {
+    let node = graph.node(at.node);
+    let transposed = |name: &str| node.attr_int(name).unwrap_or(0) != 0;
+    let rank = shape_of(graph, facts, node.input(0)?)?.len();
+    let (own, other) = match node.op() {
+        "MatMul" => (rank.checked_sub(1)?, 0),
+        "Gemm" => (usize::from(!transposed("transA")), usize::from(transposed("transB"))),
+        _ => return None,
+    };
+    let weight = shape_of(graph, facts, node.input(1)?)?;
+    let fits = |site: &GateSite| site.axes == [own] && weight[other].is(site.index.len() as i64);
+    let all = at.slot == 0 && node.domain().is_empty() && weight.len() == 2 && sites.iter().all(|(_, s)| fits(s));
+    all.then_some((Use { node: at.node, slot: 1 }, other))
+}
+
+/// Constants are looked at themselves: copies of merged ones are younger than the facts.
+fn shape_of(graph: &Graph, facts: &Facts, value: ValueId) -> Option<Vec<Dim>> {
+    match graph.constant(value) {
+        Some(tensor) => Some(tensor.dims.iter().map(|d| Dim::from(*d as i64)).collect()),
+        None => facts.shape(value).map(<[Dim]>::to_vec),
+    }
+}
+
 fn site_error(graph: &Graph, group: &GateGroup, at: Use, reason: String) -> SupernetError {
     SupernetError::Site { group: group.id.clone(), node: graph.label(at.node), reason }
 }
@@ -152,16 +187,17 @@ fn gate_operand<'a>(
     model: (&Graph, &Facts),
     gates: &Gates,
     operand: ValueId,
-    sites: &[(&'a GateGroup, &GateSite)],
+    sites: &[(&'a GateGroup, GateSite)],
 ) -> Result<ValueId, (&'a GateGroup, String)> {
     let (model, facts) = model;
-    let dtype = facts.get(operand).dtype.unwrap_or(DType::F32);
+    let constant = graph.constant(operand).map(|tensor| tensor.dtype);
+    let dtype = constant.or_else(|| facts.get(operand).dtype).unwrap_or(DType::F32);
+    let shape = shape_of(graph, facts, operand).ok_or((sites[0].0, "the operand's rank is unknown".to_string()))?;
     let mut whole: Option<ValueId> = None;
     let mut operand_now = operand;
     for (group, site) in sites {
-        let shape = facts.shape(operand).ok_or((*group, "the operand's rank is unknown".to_string()))?;
         let (axes, index, batch) = (&site.axes, &site.index, gates.batch_of_gates());
-        let place = Place { model, facts, operand, shape, axes, index, units: group.units, batch };
+        let place = Place { model, facts, operand, shape: &shape, axes, index, units: group.units, batch };
         let mut b = Builder::new(graph, "gate.");
         let spread = place.spread(&mut b, gates.of(&group.id), Fill::One).map_err(|reason| (*group, reason))?;
         let factor = if dtype == DType::F32 { spread.value } else { b.cast(spread.value, dtype) };
@@ -174,8 +210,29 @@ fn gate_operand<'a>(
             }
         }
     }
-    Ok(match whole {
-        Some(factor) => Builder::new(graph, "gate.").mul(operand_now, factor),
-        None => operand_now,
-    })
+    let Some(mut factor) = whole else { return Ok(operand_now) };
+    if let Some((x, scale)) = scaled_by_number(graph, facts, operand_now) {
+        factor = Builder::new(graph, "gate.").mul(factor, scale);
+        operand_now = x;
+    }
+    Ok(Builder::new(graph, "gate.").mul(operand_now, factor))
+}
+
+/// x and s where `value` is `x s`, s is a single number, and nothing but the sink reads it: s then goes into the gate, which is
+/// smaller than x. Attention scales q so.
+fn scaled_by_number(graph: &Graph, facts: &Facts, value: ValueId) -> Option<(ValueId, ValueId)> {
+    let (id, _) = graph.value(value).producer()?;
+    let node = graph.node(id);
+    let single = graph.value(value).users().len() == 1 && !graph.outputs().contains(&value);
+    if node.op() != "Mul" || !node.domain().is_empty() || !single {
+        return None;
+    }
+    let (a, b) = (node.input(0)?, node.input(1)?);
+    let rank = shape_of(graph, facts, value)?.len();
+    let is_number = |v: ValueId| shape_of(graph, facts, v).is_some_and(|s| s.len() < rank && s.iter().all(|d| d.is(1)));
+    match (is_number(a), is_number(b)) {
+        (false, true) => Some((a, b)),
+        (true, false) => Some((b, a)),
+        _ => None,
+    }
 }

@@ -159,7 +159,8 @@ pub fn build(
     let mut inputs: Vec<(ValueId, Role)> = graph.inputs().iter().map(|v| (*v, Role::Input)).collect();
     let (candidates, frozen) = params::choose(&mut graph, facts, options.train);
     let gates = Gates::new(&mut graph, facts, groups, tokens, options)?;
-    gate::insert(&mut graph, model, groups, &gates)?;
+    let weights: Vec<ValueId> = candidates.iter().map(params::Candidate::value).collect();
+    gate::insert(&mut graph, model, groups, &gates, &weights)?;
     token::insert(&mut graph, model, tokens, &gates)?;
     rewrite::run(&mut graph);
     graph.sort();
@@ -176,6 +177,7 @@ pub fn build(
         return Err(SupernetError::NothingToTrain);
     }
     finish(&mut graph, trained, total, &mut inputs, options)?;
+    rewrite::factor_out(&mut graph);
     Ok(Supernet {
         inputs: inputs.iter().map(|(v, role)| spec(&graph, *v, *role)).collect(),
         outputs: graph.outputs().iter().map(|v| graph.value(*v).name().to_string()).collect(),

@@ -42,6 +42,13 @@ pub(super) struct Candidate {
     param: Param,
 }
 
+impl Candidate {
+    /// The constant.
+    pub(super) fn value(&self) -> ValueId {
+        self.value
+    }
+}
+
 /// A weight as a graph input.
 pub(super) struct ParamInput {
     pub(super) value: ValueId,

@@ -1,7 +1,7 @@
 //! Rewrites of the graph before it trains: the same function, fewer or cheaper nodes in forward and backward together.
 //!
 //! An ordered list, each run once: [`drop_noops`] takes out Identity and Dropout as inference runs it; [`fold_gelu`] moves the
-//! two scales of GELU into the weights around it.
+//! two scales of GELU into the weights around it. Behind the gradients, [`factor_out`] takes a common factor out of their sums.
 //! Invariant: graph inputs and outputs keep name, order and content (to rounding); constants keep their value ids.
 
 use crate::graph::build::Builder;
@@ -88,6 +88,42 @@ fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
     graph.remove_dead(&|_, _| false);
 }
 
+/// `d a + (d b) c = d (a + b c)`: one product less. The gradient of GELU `u (1 + erf u)` is such a sum, on a network's widest values.
+pub fn factor_out(graph: &mut Graph) {
+    for id in graph.order().to_vec() {
+        let node = graph.node(id);
+        let (Some(x), Some(y), Some(sum)) = (node.input(0), node.input(1), node.output(0)) else { continue };
+        if node.op() != "Add" || !node.domain().is_empty() || x == y || graph.outputs().contains(&sum) {
+            continue;
+        }
+        if let Some([d, a, b, c]) = common_factor(graph, x, y).or_else(|| common_factor(graph, y, x)) {
+            let mut builder = Builder::new(graph, "grad.");
+            let inner = builder.mul(b, c);
+            let inner = builder.add(a, inner);
+            let product = builder.mul(d, inner);
+            graph.replace_uses(sum, product);
+        }
+    }
+    graph.remove_dead(&|_, _| false);
+    graph.sort();
+}
+
+/// `[d, a, b, c]` where `x = d a` and `y = (d b) c`, each read by one node only.
+fn common_factor(graph: &Graph, x: ValueId, y: ValueId) -> Option<[ValueId; 4]> {
+    let once = |v: ValueId| graph.value(v).users().len() == 1 && !graph.outputs().contains(&v);
+    let product = |v: ValueId| operands(graph, v, "Mul").filter(|_| once(v));
+    let ((p, q), (r, s)) = (product(x)?, product(y)?);
+    for (d, a) in [(p, q), (q, p)] {
+        for (inner, c) in [(r, s), (s, r)] {
+            match product(inner) {
+                Some((e, b)) | Some((b, e)) if e == d => return Some([d, a, b, c]),
+                _ => {}
+            }
+        }
+    }
+    None
+}
+
 fn scaled(graph: &mut Graph, value: ValueId, c: f32) -> ValueId {
     let mut b = Builder::new(graph, "gelu.");
     let c = b.scalar(DType::F32, c);
@@ -139,9 +175,20 @@ fn scalable_reader(graph: &Graph, at: Use) -> Option<Use> {
     };
     match node.op() {
         "MatMul" | "Gemm" if graph.is_constant(factor) => Some(other),
+        "MatMul" | "Gemm" => gate_of_weight(graph, factor),
         "Mul" if gate() => Some(other),
         _ => None,
     }
+}
+
+/// The gate where `factor` is a weight times a gate that nothing else reads.
+fn gate_of_weight(graph: &Graph, factor: ValueId) -> Option<Use> {
+    let (id, _) = graph.value(factor).producer()?;
+    let node = graph.node(id);
+    let is_ours = node.op() == "Mul" && node.input(0).is_some_and(|w| graph.is_constant(w));
+    let gate = node.input(1).filter(|g| is_ours && !graph.is_constant(*g) && graph.value(factor).users().len() == 1)?;
+    let small = graph.value(gate).name().starts_with("gate.") && !graph.outputs().contains(&factor);
+    small.then_some(Use { node: id, slot: 1 })
 }
 
 /// The GELU whose last node is `id`: the operator, or one of the ways in which exporters write it out.
