@@ -53,7 +53,9 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     if runtimes.contains(&RuntimeName::Ort) {
         args.engine.ready(talk)?;
     }
-    let Some(first) = runtimes.first().copied() else { return Err(Failure::bad("V0002", None, "--runtimes: none of this build")) };
+    let Some(first) = runtimes.first().copied() else {
+        return Err(Failure::bad("V0002", None, "--runtimes: none of this build"));
+    };
     let feeds = pipeline::bench_feeds(&model, args.batch as usize, args.seed, first, &session)?;
     let mut settings = Settings {
         runtimes,
@@ -100,7 +102,10 @@ fn table(report: &Report) -> String {
     for m in &report.measurements {
         if let Some(r) = m.ratio {
             let (runtime, threads) = (m.runtime, m.threads);
-            text += &format!("{runtime}, {threads} threads: second / first {:.3} (90 % of runs {:.3} to {:.3})\n", r.p50, r.p5, r.p95);
+            text += &format!(
+                "{runtime}, {threads} threads: second / first {:.3} (90 % of runs {:.3} to {:.3})\n",
+                r.p50, r.p5, r.p95
+            );
         }
     }
     for s in &report.skipped {

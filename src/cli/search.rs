@@ -66,7 +66,10 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let outcome = outcome?;
     if outcome.is_interrupted {
         let dir = args.run.display();
-        return Err(Failure::interrupted(format!("interrupted after step {}; resume with --resume --run {dir}", outcome.position.step)));
+        return Err(Failure::interrupted(format!(
+            "interrupted after step {}; resume with --resume --run {dir}",
+            outcome.position.step
+        )));
     }
     if args.json {
         print_json(&json!({

@@ -126,11 +126,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     check_outputs(args, &model.loaded.files)?;
     let kinds = default_kinds(&model, recipe);
     let (ask, asked) = ask_of(args, &kinds)?;
-    let mut base = if args.resume {
-        Config::read(&run_dir).map_err(|e| Failure::of_file("V0901", &run_dir, e))?
-    } else {
-        Config::default()
-    };
+    let mut base =
+        if args.resume { Config::read(&run_dir).map_err(|e| Failure::of_file("V0901", &run_dir, e))? } else { Config::default() };
     if !args.resume {
         base.gates = match &ask {
             Ask::Fractions(f) => f.keys().copied().collect(),
@@ -171,7 +168,9 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let ended = work(&job, args, &run_dir, talk)?;
     let Some(slimmed) = ended else {
         let dir = run_dir.display();
-        return Err(Failure::interrupted(format!("interrupted; resume with the same command and --resume (the run is in {dir})")));
+        return Err(Failure::interrupted(format!(
+            "interrupted; resume with the same command and --resume (the run is in {dir})"
+        )));
     };
     finish(args, &job, &slimmed, &run_dir, start.elapsed(), talk)
 }
@@ -326,7 +325,11 @@ fn finish(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         }
         talk.flush();
         let why = Slim::why_not(&s.verdict);
-        eprintln!("error: {}: not written, since it did not verify: {}{kept}", shown(&args.out.display().to_string()), onnx::shown_to(&why, 160));
+        eprintln!(
+            "error: {}: not written, since it did not verify: {}{kept}",
+            shown(&args.out.display().to_string()),
+            onnx::shown_to(&why, 160)
+        );
         return Ok(Verdict::Negative);
     }
     {
@@ -362,7 +365,8 @@ fn missed(job: &Slim<'_>, s: &Slimmed) -> Option<String> {
     let over = |what: &str, asked: &Option<f64>, cost: Option<&crate::plan::BeforeAfter>| {
         let (asked, cost) = ((*asked)?, cost?);
         let share = cost.after as f64 / cost.before.max(1) as f64;
-        (share > asked + 1e-9).then(|| format!("{what} are {:.2} % of the original, asked for {:.2} %", share * 100.0, asked * 100.0))
+        (share > asked + 1e-9)
+            .then(|| format!("{what} are {:.2} % of the original, asked for {:.2} %", share * 100.0, asked * 100.0))
     };
     over("MACs", macs, s.cost.macs.as_ref()).or_else(|| over("params", params, Some(&s.cost.params)))
 }

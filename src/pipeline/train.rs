@@ -49,12 +49,16 @@ pub fn check_search(model: &Model, kinds: &[Kind]) -> Result<(), Error> {
 }
 
 /// Searches. See [`search::run`].
-pub fn search(model: &Model, ask: &SearchAsk<'_>, progress: &mut dyn FnMut(Progress), stop: &AtomicBool) -> Result<Outcome, Error> {
+pub fn search(
+    model: &Model,
+    ask: &SearchAsk<'_>,
+    progress: &mut dyn FnMut(Progress),
+    stop: &AtomicBool,
+) -> Result<Outcome, Error> {
     check_search(model, &ask.config.gates)?;
     let output = class_output(model, ask.output)?;
     let sha256 = model.sha256()?;
-    let groups = search::gate_groups(&model.anatomy, &ask.config.gates);
-    let tokens = search::token_gates(model.graph(), &model.anatomy, &ask.config.gates);
+    let (groups, tokens) = search::gates(model.graph(), &model.anatomy, &ask.config.gates);
     let job = Job {
         graph: model.graph(),
         facts: &model.facts,
@@ -122,7 +126,13 @@ pub fn evaluate(model: &Model, reference: Option<&Model>, ask: &EvalAsk<'_>, sto
 }
 
 /// Made-up inputs with which a model runs, `batch` samples of them where its batch is a symbol.
-pub fn bench_feeds(model: &Model, batch: usize, seed: u64, runtime: RuntimeName, options: &SessionOptions) -> Result<Feeds, Error> {
+pub fn bench_feeds(
+    model: &Model,
+    batch: usize,
+    seed: u64,
+    runtime: RuntimeName,
+    options: &SessionOptions,
+) -> Result<Feeds, Error> {
     let graph = model.graph();
     let mut sizes = model.sizes.clone();
     let leading = graph.inputs().iter().filter_map(|v| model.facts.shape(*v)?.first());
@@ -145,7 +155,6 @@ pub fn bench_feeds(model: &Model, batch: usize, seed: u64, runtime: RuntimeName,
 pub fn bench(models: &[&Model], feeds: &Feeds, settings: &bench::Settings) -> Result<bench::Report, Error> {
     let bytes = models.iter().map(|m| Ok(onnx::to_bytes(m.graph())?)).collect::<Result<Vec<_>, Error>>()?;
     let names: Vec<String> = models.iter().map(|m| m.path.display().to_string()).collect();
-    let contenders: Vec<Contender<'_>> =
-        bytes.iter().zip(&names).map(|(bytes, name)| Contender { name, bytes, feeds }).collect();
+    let contenders: Vec<Contender<'_>> = bytes.iter().zip(&names).map(|(bytes, name)| Contender { name, bytes, feeds }).collect();
     Ok(bench::measure(&contenders, settings)?)
 }

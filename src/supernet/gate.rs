@@ -151,6 +151,8 @@ pub(super) fn insert(
         };
         graph.set_input(at, Some(gated));
     }
+    // Scales that went into a gate left their nodes behind.
+    graph.remove_dead(&|_, _| false);
     Ok(())
 }
 

@@ -43,10 +43,25 @@ struct Gelu {
 /// the layers is Erf, Add, Mul instead of five nodes. Where a neighbour is not a layer, the scale stays a Mul in its place.
 pub fn fold_gelu(graph: &mut Graph) {
     for id in graph.order().to_vec() {
-        if let Some(found) = gelu_at(graph, id) {
+        if let Some(found) = gelu_at(graph, id).filter(|g| is_closed(graph, g)) {
             write_gelu(graph, &found);
         }
     }
+}
+
+/// Whether somebody reads y, and nobody but GELU reads x and what is computed between both: scaling x would scale theirs too.
+fn is_closed(graph: &Graph, gelu: &Gelu) -> bool {
+    let is_read = |v: ValueId| !graph.value(v).users().is_empty() || graph.outputs().contains(&v);
+    let mut inside = std::collections::BTreeSet::new();
+    let mut values = vec![gelu.y];
+    while let Some(v) = values.pop() {
+        let Some((id, _)) = graph.value(v).producer().filter(|_| v != gelu.x && !graph.is_constant(v)) else { continue };
+        inside.insert(id);
+        values.extend(graph.node(id).inputs().iter().flatten());
+    }
+    let own = |v: ValueId| !graph.outputs().contains(&v) && graph.value(v).users().iter().all(|u| inside.contains(&u.node));
+    let between = inside.iter().flat_map(|id| graph.node(*id).outputs().iter().flatten());
+    is_read(gelu.y) && own(gelu.x) && between.filter(|v| **v != gelu.y).all(|v| own(*v))
 }
 
 fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
