@@ -77,7 +77,9 @@ impl Settings {
             }
         }
         if settings.python.as_os_str().is_empty() {
-            return Err("give the Python that has torch and timm (models/requirements.txt): --python PATH or VITRIM_PYTHON".into());
+            return Err(
+                "give the Python that has torch and timm (models/requirements.txt): --python PATH or VITRIM_PYTHON".into()
+            );
         }
         if settings.steps == 0 || settings.warmup == 0 {
             return Err("--steps and --warmup are at least 1: the first step is checked, not measured".into());

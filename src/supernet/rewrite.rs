@@ -49,6 +49,11 @@ pub fn fold_gelu(graph: &mut Graph) {
     }
 }
 
+/// Whether a node is the last of a GELU that [`fold_gelu`] will write anew.
+pub(super) fn is_gelu(graph: &Graph, id: NodeId) -> bool {
+    gelu_at(graph, id).is_some()
+}
+
 fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
     let c = std::f32::consts::FRAC_1_SQRT_2;
     let u = match scalable_layer(graph, gelu.x) {
