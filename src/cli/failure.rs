@@ -31,11 +31,6 @@ impl Failure {
         Self { exit: 2, code: code.into(), file: Some(name), message }
     }
 
-    /// A check that did not hold and that leaves nothing else to say.
-    pub(super) fn negative(code: &str, file: &Path, reason: impl std::fmt::Display) -> Self {
-        Self { exit: 1, ..Self::of_file(code, file, reason) }
-    }
-
     /// A fault of vitrim.
     pub(super) fn internal(message: impl Into<String>) -> Self {
         Self { exit: 3, code: "V9999".into(), file: None, message: format!("internal fault: {}", message.into()) }

@@ -120,7 +120,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     // Texts first: what is wrong there needs no model.
     ask_of(args, &Default::default())?;
     let run_dir = args.run.clone().unwrap_or_else(|| args.out.with_extension("run"));
-    check_outputs(args, &[args.model.clone()])?;
+    check_outputs(args, std::slice::from_ref(&args.model))?;
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     check_outputs(args, &model.loaded.files)?;

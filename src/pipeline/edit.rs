@@ -16,7 +16,14 @@ use std::path::Path;
 /// What a plan is applied to: the model, or the model with merged constants taken apart.
 pub(super) enum Base<'a> {
     Model(&'a Model),
-    Own { graph: Graph, facts: Facts, anatomy: Anatomy },
+    Own(Box<Analysed>),
+}
+
+/// A graph with what is known of it.
+pub(super) struct Analysed {
+    pub(super) graph: Graph,
+    pub(super) facts: Facts,
+    pub(super) anatomy: Anatomy,
 }
 
 impl<'a> Base<'a> {
@@ -26,20 +33,20 @@ impl<'a> Base<'a> {
             return Ok(Base::Model(model));
         }
         let graph = split_constants(model.graph(), &plan.split).map_err(|reason| Error::unsuitable(plan_path, reason))?;
-        Self::own(model, graph)
-    }
-
-    pub(super) fn own(model: &Model, graph: Graph) -> Result<Self, Error> {
-        let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
-        Ok(Base::Own { graph, facts, anatomy })
+        Ok(Base::Own(Box::new(analysed(model, graph)?)))
     }
 
     pub(super) fn parts(&self) -> (&Graph, &Facts, &Anatomy) {
         match self {
             Base::Model(m) => (m.graph(), &m.facts, &m.anatomy),
-            Base::Own { graph, facts, anatomy } => (graph, facts, anatomy),
+            Base::Own(own) => (&own.graph, &own.facts, &own.anatomy),
         }
     }
+}
+
+fn analysed(model: &Model, graph: Graph) -> Result<Analysed, Error> {
+    let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
+    Ok(Analysed { graph, facts, anatomy })
 }
 
 /// A sliced graph, its completed plan, and what a user should know.
@@ -66,9 +73,7 @@ pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> 
     let run = read_run(model, dir)?;
     let trained = run.apply_weights(model.graph()).map_err(|e| search_error(dir, e))?;
     plan.split = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
-    let Base::Own { mut graph, facts, anatomy } = Base::own(model, trained)? else {
-        return Err(Error::unsuitable(dir, "no base"));
-    };
+    let Analysed { mut graph, facts, anatomy } = analysed(model, trained)?;
     let mut why = changed(model.graph(), &graph, &plan.split, "trained");
     let (folded, warnings) = fold_gates(&mut graph, &facts, &anatomy, &run, &kept, dir)?;
     why.extend(folded.into_iter().map(|name| (name, "folded")));
