@@ -8,7 +8,7 @@
 
 use super::spread::{Fill, Place};
 use super::token::TokenGate;
-use super::{GateInput, Options, SupernetError};
+use super::{GateInput, Options, SupernetError, rewrite};
 use crate::autodiff::interface;
 use crate::graph::build::Builder;
 use crate::graph::{DType, DeclaredDim, Graph, Use, ValueId};
@@ -151,7 +151,7 @@ pub(super) fn insert(
         };
         graph.set_input(at, Some(gated));
     }
-    // Scales that went into a gate left their nodes behind.
+    // A scale that went into a gate left its product behind, which must not be taken for part of the network.
     graph.remove_dead(&|_, _| false);
     Ok(())
 }
@@ -221,12 +221,12 @@ fn gate_operand<'a>(
 }
 
 /// x and s where `value` is `x s`, s is a single number, and nothing but the sink reads it: s then goes into the gate, which is
-/// smaller than x. Attention scales q so.
+/// smaller than x. Attention scales q so. The half of GELU stays where it is: [`rewrite`] finds a better place for it.
 fn scaled_by_number(graph: &Graph, facts: &Facts, value: ValueId) -> Option<(ValueId, ValueId)> {
     let (id, _) = graph.value(value).producer()?;
     let node = graph.node(id);
     let single = graph.value(value).users().len() == 1 && !graph.outputs().contains(&value);
-    if node.op() != "Mul" || !node.domain().is_empty() || !single {
+    if node.op() != "Mul" || !node.domain().is_empty() || !single || rewrite::is_gelu(graph, id) {
         return None;
     }
     let (a, b) = (node.input(0)?, node.input(1)?);

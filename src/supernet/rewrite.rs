@@ -64,6 +64,11 @@ fn is_closed(graph: &Graph, gelu: &Gelu) -> bool {
     is_read(gelu.y) && own(gelu.x) && between.filter(|v| **v != gelu.y).all(|v| own(*v))
 }
 
+/// Whether a node is the last of a GELU that [`fold_gelu`] will write anew.
+pub(super) fn is_gelu(graph: &Graph, id: NodeId) -> bool {
+    gelu_at(graph, id).is_some()
+}
+
 fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
     let c = std::f32::consts::FRAC_1_SQRT_2;
     let u = match scalable_layer(graph, gelu.x) {
