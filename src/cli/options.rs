@@ -26,7 +26,7 @@ impl SizeArgs {
         for text in &self.sizes {
             let parsed = text.split_once('=').and_then(|(name, n)| n.parse::<i64>().ok().filter(|n| *n > 0).map(|n| (name, n)));
             let (name, n) =
-                parsed.ok_or_else(|| Failure::bad("V0001", None, format!("--size '{text}': expected NAME=N, N at least 1")))?;
+                parsed.ok_or_else(|| Failure::bad("V0001", None, format!("--size: '{text}': expected NAME=N, N at least 1")))?;
             out.insert(name.to_string(), n);
         }
         Ok(out)
@@ -74,7 +74,7 @@ impl EngineArgs {
     /// The device, or `default`.
     pub(super) fn device(&self, default: &str) -> Result<Device, Failure> {
         search::parse_device(self.device.as_deref().unwrap_or(default)).map_err(|_| {
-            Failure::bad("V0003", None, format!("--device '{}': expected auto, cpu or cuda:N", self.device_word(default)))
+            Failure::bad("V0003", None, format!("--device: '{}': expected auto, cpu or cuda:N", self.device_word(default)))
         })
     }
 

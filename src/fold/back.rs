@@ -158,6 +158,10 @@ impl<'a> Walk<'a> {
             return Err(format!("'{}' is a graph output", name()));
         }
         for at in self.graph.value(v).users().iter().filter(|u| **u != from) {
+            // The shape of a value does not depend on its elements.
+            if matches!(self.graph.node(at.node).op(), "Shape" | "Size") {
+                continue;
+            }
             let spared = |output: usize| self.picks(*at, output).is_some_and(|(axis, picks, _)| factor.is_one_at(axis, &picks));
             let is_reader = at.slot < self.graph.node(at.node).inputs().len();
             let outputs = self.graph.node(at.node).outputs().len();

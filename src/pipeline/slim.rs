@@ -167,6 +167,20 @@ impl Slim<'_> {
         self.plan(&scores)
     }
 
+    /// A plan by the size of weights. Tokens have none, so they go only where the budget needs them to.
+    fn guess(&self) -> Result<Plan, Error> {
+        let scores = score::magnitude(self.model.graph(), &self.model.anatomy);
+        if let Ask::Budget { macs, params, kinds } = self.ask {
+            let kinds: BTreeSet<Kind> = kinds.iter().copied().filter(|k| *k != Kind::Token).collect();
+            let ask = Ask::Budget { macs: *macs, params: *params, kinds };
+            let plan = make_plan(self.model, &scores, &ask, self.asked, self.round, self.protected.clone());
+            if let Ok(plan) = plan {
+                return Ok(plan);
+            }
+        }
+        self.plan(&scores)
+    }
+
     fn plan(&self, scores: &Scores) -> Result<Plan, Error> {
         let mut plan = make_plan(self.model, scores, self.ask, self.asked, self.round, self.protected.clone())?;
         plan.seed = self.config.seed;
@@ -186,7 +200,8 @@ impl Slim<'_> {
     /// Measures a few steps in a folder that is removed again.
     pub fn forecast(&self, stop: &AtomicBool) -> Result<Forecast, Error> {
         const STEPS: u64 = 3;
-        let plan = self.check()?;
+        self.check()?;
+        let plan = self.guess()?;
         let (mut step, mut steps) = (None, 0);
         if let (Some(data), true) = (&self.data, self.recipe != Recipe::OneShot) {
             let folder = tempfile::tempdir().map_err(|e| Error::unsuitable(&std::env::temp_dir(), e.to_string()))?;
