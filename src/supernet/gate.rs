@@ -6,6 +6,7 @@
 //! Where a weight trains, the gate of the axis that it contracts multiplies the weight: `(x g) W = x (g W)`. The gradient of W is
 //! computed anyway, W is smaller than x, and no second x is kept for the backward pass (a tenth of a DeiT's activations).
 
+use super::rewrite;
 use super::spread::{Fill, Place};
 use super::token::TokenGate;
 use super::{GateInput, Options, SupernetError};
@@ -224,7 +225,8 @@ fn scaled_by_number(graph: &Graph, facts: &Facts, value: ValueId) -> Option<(Val
     let (id, _) = graph.value(value).producer()?;
     let node = graph.node(id);
     let single = graph.value(value).users().len() == 1 && !graph.outputs().contains(&value);
-    if node.op() != "Mul" || !node.domain().is_empty() || !single {
+    // The scale of a GELU belongs to it, and moves into the gate with it.
+    if node.op() != "Mul" || !node.domain().is_empty() || !single || rewrite::is_gelu(graph, id) {
         return None;
     }
     let (a, b) = (node.input(0)?, node.input(1)?);

@@ -6,6 +6,7 @@
 
 use crate::graph::build::Builder;
 use crate::graph::{DType, Graph, NodeId, Use, ValueId};
+use std::collections::BTreeSet;
 
 /// Runs all rewrites in order. Nodes need not be sorted.
 pub fn run(graph: &mut Graph) {
@@ -43,10 +44,34 @@ struct Gelu {
 /// the layers is Erf, Add, Mul instead of five nodes. Where a neighbour is not a layer, the scale stays a Mul in its place.
 pub fn fold_gelu(graph: &mut Graph) {
     for id in graph.order().to_vec() {
-        if let Some(found) = gelu_at(graph, id) {
+        if let Some(found) = gelu_at(graph, id).filter(|g| stands_alone(graph, g)) {
             write_gelu(graph, &found);
         }
     }
+}
+
+/// Whether a node is the last of a GELU.
+pub(super) fn is_gelu(graph: &Graph, id: NodeId) -> bool {
+    gelu_at(graph, id).is_some()
+}
+
+/// Whether y is read, and nothing outside reads x or what is computed between x and y: x changes its scale.
+fn stands_alone(graph: &Graph, gelu: &Gelu) -> bool {
+    let mut inside = BTreeSet::new();
+    let mut stack = vec![gelu.y];
+    while let Some(v) = stack.pop() {
+        if let Some((id, _)) = graph.value(v).producer().filter(|_| v != gelu.x)
+            && inside.insert(id)
+        {
+            stack.extend(graph.node(id).inputs().iter().flatten().filter(|i| !graph.is_constant(**i)));
+        }
+    }
+    let made = inside.iter().flat_map(|id| graph.node(*id).outputs()).flatten().filter(|v| **v != gelu.y);
+    let mut values = made.copied().chain([gelu.x]);
+    let is_private =
+        |v: ValueId| !graph.outputs().contains(&v) && graph.value(v).users().iter().all(|u| inside.contains(&u.node));
+    let is_read = !graph.value(gelu.y).users().is_empty() || graph.outputs().contains(&gelu.y);
+    is_read && values.all(is_private)
 }
 
 fn write_gelu(graph: &mut Graph, gelu: &Gelu) {
