@@ -5,6 +5,8 @@ mod data;
 mod edit;
 mod error;
 mod proof;
+pub mod slim;
+mod train;
 
 pub use augment::{AugmentAsk, augment};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
@@ -12,6 +14,7 @@ use edit::Base;
 pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use proof::{ProofData, prove};
+pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 
 use crate::anatomy::{self, Anatomy, Kind};
 use crate::axes;

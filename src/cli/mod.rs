@@ -6,17 +6,24 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "this module is where printing happens")]
 
 mod augment;
+mod bench;
+mod eval;
 mod failure;
+mod finetune;
 mod inspect;
 mod interrupt;
 mod mask;
 mod options;
 mod plan;
+mod runtime;
+mod score;
+mod search;
 mod slice;
+mod slim;
 mod talk;
+mod train;
 mod verify;
 
-use crate::runtime;
 use clap::{Parser, Subcommand};
 use failure::Failure;
 use std::ffi::OsString;
@@ -40,10 +47,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Do it all: search, cut, fine-tune, verify, measure
+    Slim(Box<slim::Args>),
     /// Show what can be cut, and why the rest cannot
     Inspect(inspect::Args),
     /// Write a training graph with gates and gradients
     Augment(augment::Args),
+    /// Find out by training which units can go
+    Search(Box<search::Args>),
+    /// Score units without training
+    Score(score::Args),
     /// Choose the units that stay
     Plan(plan::Args),
     /// Write the twin: nothing cut, removed units zeroed
@@ -52,6 +65,14 @@ enum Command {
     Slice(slice::Args),
     /// Prove a sliced model equal to its twin
     Verify(verify::Args),
+    /// Measure accuracy on data
+    Eval(eval::Args),
+    /// Train a cut model towards the original
+    Finetune(Box<finetune::Args>),
+    /// Measure latency
+    Bench(bench::Args),
+    /// Show or fetch ONNX Runtime
+    Runtime(runtime::Args),
 }
 
 /// What a command that did its work has to say.
@@ -65,7 +86,7 @@ enum Verdict {
 /// Parses the arguments, runs the command, and gives the exit code.
 pub fn run() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
-    if let Some(code) = runtime::answer_probe(arguments.get(1..).unwrap_or_default(), &mut std::io::stdout()) {
+    if let Some(code) = crate::runtime::answer_probe(arguments.get(1..).unwrap_or_default(), &mut std::io::stdout()) {
         return ExitCode::from(u8::try_from(code).unwrap_or(3));
     }
     failure::install_panic_hook();
@@ -100,6 +121,13 @@ pub fn run() -> ExitCode {
 impl Command {
     fn run(&self, talk: &Talk) -> Result<Verdict, Failure> {
         match self {
+            Command::Slim(args) => slim::run(args, talk),
+            Command::Search(args) => search::run(args, talk),
+            Command::Score(args) => score::run(args, talk),
+            Command::Eval(args) => eval::run(args, talk),
+            Command::Finetune(args) => finetune::run(args, talk),
+            Command::Bench(args) => bench::run(args, talk),
+            Command::Runtime(args) => runtime::run(args, talk),
             Command::Inspect(args) => inspect::run(args, talk),
             Command::Augment(args) => augment::run(args, talk),
             Command::Plan(args) => plan::run(args, talk),
@@ -111,6 +139,13 @@ impl Command {
 
     fn wants_json(&self) -> bool {
         match self {
+            Command::Slim(a) => a.json,
+            Command::Search(a) => a.json,
+            Command::Score(a) => a.json,
+            Command::Eval(a) => a.json,
+            Command::Finetune(a) => a.json,
+            Command::Bench(a) => a.json,
+            Command::Runtime(a) => a.json,
             Command::Inspect(a) => a.json,
             Command::Augment(a) => a.json,
             Command::Plan(a) => a.json,

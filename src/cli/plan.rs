@@ -2,6 +2,7 @@
 
 use super::failure::Failure;
 use super::options::{ForceArgs, SizeArgs, budget, kind_fractions, kinds};
+use super::score::By;
 use super::slice::write_plan;
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json};
@@ -15,14 +16,6 @@ use std::path::PathBuf;
 
 /// Kinds that a budget may cut.
 pub(super) const KINDS: &str = "mlp,qk,vo,channel";
-
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum By {
-    /// L2 norm of a unit's weights
-    Magnitude,
-    /// Chance, from --seed
-    Random,
-}
 
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["keep", "budget"])))]

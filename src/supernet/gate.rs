@@ -6,10 +6,9 @@
 //! Where a weight trains, the gate of the axis that it contracts multiplies the weight: `(x g) W = x (g W)`. The gradient of W is
 //! computed anyway, W is smaller than x, and no second x is kept for the backward pass (a tenth of a DeiT's activations).
 
-use super::rewrite;
 use super::spread::{Fill, Place};
 use super::token::TokenGate;
-use super::{GateInput, Options, SupernetError};
+use super::{GateInput, Options, SupernetError, rewrite};
 use crate::autodiff::interface;
 use crate::graph::build::Builder;
 use crate::graph::{DType, DeclaredDim, Graph, Use, ValueId};
@@ -152,6 +151,8 @@ pub(super) fn insert(
         };
         graph.set_input(at, Some(gated));
     }
+    // A scale that went into a gate left its product behind, which must not be taken for part of the network.
+    graph.remove_dead(&|_, _| false);
     Ok(())
 }
 
@@ -220,12 +221,11 @@ fn gate_operand<'a>(
 }
 
 /// x and s where `value` is `x s`, s is a single number, and nothing but the sink reads it: s then goes into the gate, which is
-/// smaller than x. Attention scales q so.
+/// smaller than x. Attention scales q so. The half of GELU stays where it is: [`rewrite`] finds a better place for it.
 fn scaled_by_number(graph: &Graph, facts: &Facts, value: ValueId) -> Option<(ValueId, ValueId)> {
     let (id, _) = graph.value(value).producer()?;
     let node = graph.node(id);
     let single = graph.value(value).users().len() == 1 && !graph.outputs().contains(&value);
-    // The scale of a GELU belongs to it, and moves into the gate with it.
     if node.op() != "Mul" || !node.domain().is_empty() || !single || rewrite::is_gelu(graph, id) {
         return None;
     }

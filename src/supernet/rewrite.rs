@@ -6,7 +6,6 @@
 
 use crate::graph::build::Builder;
 use crate::graph::{DType, Graph, NodeId, Use, ValueId};
-use std::collections::BTreeSet;
 
 /// Runs all rewrites in order. Nodes need not be sorted.
 pub fn run(graph: &mut Graph) {
@@ -44,34 +43,30 @@ struct Gelu {
 /// the layers is Erf, Add, Mul instead of five nodes. Where a neighbour is not a layer, the scale stays a Mul in its place.
 pub fn fold_gelu(graph: &mut Graph) {
     for id in graph.order().to_vec() {
-        if let Some(found) = gelu_at(graph, id).filter(|g| stands_alone(graph, g)) {
+        if let Some(found) = gelu_at(graph, id).filter(|g| is_closed(graph, g)) {
             write_gelu(graph, &found);
         }
     }
 }
 
-/// Whether a node is the last of a GELU.
-pub(super) fn is_gelu(graph: &Graph, id: NodeId) -> bool {
-    gelu_at(graph, id).is_some()
+/// Whether somebody reads y, and nobody but GELU reads x and what is computed between both: scaling x would scale theirs too.
+fn is_closed(graph: &Graph, gelu: &Gelu) -> bool {
+    let is_read = |v: ValueId| !graph.value(v).users().is_empty() || graph.outputs().contains(&v);
+    let mut inside = std::collections::BTreeSet::new();
+    let mut values = vec![gelu.y];
+    while let Some(v) = values.pop() {
+        let Some((id, _)) = graph.value(v).producer().filter(|_| v != gelu.x && !graph.is_constant(v)) else { continue };
+        inside.insert(id);
+        values.extend(graph.node(id).inputs().iter().flatten());
+    }
+    let own = |v: ValueId| !graph.outputs().contains(&v) && graph.value(v).users().iter().all(|u| inside.contains(&u.node));
+    let between = inside.iter().flat_map(|id| graph.node(*id).outputs().iter().flatten());
+    is_read(gelu.y) && own(gelu.x) && between.filter(|v| **v != gelu.y).all(|v| own(*v))
 }
 
-/// Whether y is read, and nothing outside reads x or what is computed between x and y: x changes its scale.
-fn stands_alone(graph: &Graph, gelu: &Gelu) -> bool {
-    let mut inside = BTreeSet::new();
-    let mut stack = vec![gelu.y];
-    while let Some(v) = stack.pop() {
-        if let Some((id, _)) = graph.value(v).producer().filter(|_| v != gelu.x)
-            && inside.insert(id)
-        {
-            stack.extend(graph.node(id).inputs().iter().flatten().filter(|i| !graph.is_constant(**i)));
-        }
-    }
-    let made = inside.iter().flat_map(|id| graph.node(*id).outputs()).flatten().filter(|v| **v != gelu.y);
-    let mut values = made.copied().chain([gelu.x]);
-    let is_private =
-        |v: ValueId| !graph.outputs().contains(&v) && graph.value(v).users().iter().all(|u| inside.contains(&u.node));
-    let is_read = !graph.value(gelu.y).users().is_empty() || graph.outputs().contains(&gelu.y);
-    is_read && values.all(is_private)
+/// Whether a node is the last of a GELU that [`fold_gelu`] will write anew.
+pub(super) fn is_gelu(graph: &Graph, id: NodeId) -> bool {
+    gelu_at(graph, id).is_some()
 }
 
 fn write_gelu(graph: &mut Graph, gelu: &Gelu) {

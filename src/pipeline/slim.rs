@@ -1,0 +1,378 @@
+//! The main job: search, plan, cut, fine-tune, verify, measure.
+//!
+//! Everything that can be checked before the long work is checked by [`Slim::check`]. A part of the data takes no part in training
+//! and is what accuracy is measured on.
+
+use super::edit::{Cut, cut, record_trained};
+use super::train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
+use super::{Error, Model, ProofData, analyse, before_after, check_not_chance, class_output, make_plan, prove};
+use crate::anatomy::Kind;
+use crate::bench as latency;
+use crate::cost::Sizes;
+use crate::data::Dataset;
+use crate::eval::Evaluation;
+use crate::graph::Graph;
+use crate::onnx::Loaded;
+use crate::plan::{Ask, Plan, Promised};
+use crate::runtime::{RuntimeName, SessionOptions};
+use crate::score::{self, Scores};
+use crate::search::{Config, FinetuneConfig, Finetuned, Outcome, Progress};
+use crate::verify::{self, Floors, Settings, Verdict};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+/// How much is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recipe {
+    /// Cut by the size of weights; nothing trains.
+    OneShot,
+    /// Search, then cut.
+    Search,
+    /// Search, cut, then train towards the original.
+    SearchFinetune,
+}
+
+/// What is asked for.
+pub struct Slim<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// Units or cost to keep.
+    pub ask: &'a Ask,
+    /// As the user wrote it.
+    pub asked: &'a str,
+    /// Widths are multiples of this.
+    pub round: usize,
+    /// Groups that are left alone.
+    pub protected: BTreeSet<String>,
+    /// How much is done.
+    pub recipe: Recipe,
+    /// The images, where there are any.
+    pub data: Option<SlimData>,
+    /// The output with class scores.
+    pub output: Option<String>,
+    /// Settings of the search.
+    pub config: Config,
+    /// Settings of the fine-tuning.
+    pub finetune: FinetuneConfig,
+    /// How sessions are opened that verify and measure.
+    pub session: SessionOptions,
+    /// Where to verify and measure.
+    pub runtimes: Vec<RuntimeName>,
+    /// What accuracy must reach.
+    pub floors: Floors,
+}
+
+/// The images of a job.
+#[derive(Clone)]
+pub struct SlimData {
+    /// Where they come from.
+    pub path: PathBuf,
+    /// For training.
+    pub train: Dataset,
+    /// For measuring.
+    pub judge: Dataset,
+}
+
+impl SlimData {
+    /// `judge` where it is given; else a tenth of `data`, 2,000 images at most, which then do not train.
+    pub fn new(path: &Path, data: Dataset, judge: Option<Dataset>) -> Self {
+        const MOST: usize = 2000;
+        let path = path.to_path_buf();
+        if let Some(judge) = judge {
+            return Self { path, train: data, judge };
+        }
+        let every = (data.len() / (data.len() / 10).clamp(1, MOST)).max(2);
+        let (judge, train): (Vec<usize>, Vec<usize>) = (0..data.len()).partition(|i| i % every == every - 1);
+        Self { path, train: data.select(&train), judge: data.select(&judge) }
+    }
+}
+
+/// What happens during the job.
+pub enum Event {
+    /// Another stage begins.
+    Stage(&'static str),
+    /// Training.
+    Step(&'static str, Progress),
+    /// What a user should know.
+    Note(String),
+}
+
+/// What a job would do.
+pub struct Forecast {
+    /// The plan by the size of weights: as many units as a search would leave, though not the same ones.
+    pub plan: Plan,
+    /// One step of the search, measured; none where nothing trains.
+    pub step: Option<Duration>,
+    /// Steps of search and fine-tuning.
+    pub steps: u64,
+    /// Unit: bytes of memory at its highest so far, where the system tells.
+    pub memory: Option<u64>,
+}
+
+/// A finished job.
+pub struct Slimmed {
+    /// The smaller model.
+    pub graph: Graph,
+    /// What was cut and edited.
+    pub plan: Plan,
+    /// Cost before and after.
+    pub cost: Promised,
+    /// The last verification.
+    pub verdict: Verdict,
+    /// The original on the judging images.
+    pub before: Option<Evaluation>,
+    /// The search, where there was one.
+    pub search: Option<Outcome>,
+    /// The fine-tuning, where there was one: on images of its own.
+    pub finetuned: Option<FinetuneReport>,
+    /// Latency of both, in turn; none where it was not verified.
+    pub latency: Option<latency::Report>,
+}
+
+/// What fine-tuning did.
+pub struct FinetuneReport {
+    /// Before and after it, against the original.
+    pub before: Evaluation,
+    /// After it.
+    pub after: Evaluation,
+    /// The epoch that was best; `None` where the weights stayed as they were.
+    pub best_epoch: Option<u32>,
+    /// Steps done.
+    pub steps: u64,
+}
+
+/// How a job ended.
+pub enum Ended {
+    /// To its end.
+    Done(Box<Slimmed>),
+    /// By a signal; what the search has is saved.
+    Interrupted,
+}
+
+impl Slim<'_> {
+    /// Checks what can be checked before the work: the budget, the weights, the output, the data.
+    ///
+    /// Gives a plan by the size of weights, with the cost that the job will have.
+    pub fn check(&self) -> Result<Plan, Error> {
+        class_output(self.model, self.output.as_deref())?;
+        if self.recipe != Recipe::OneShot {
+            check_search(self.model, &self.config.gates)?;
+            if self.data.is_none() {
+                return Err(Error::unsuitable(&self.model.path, "search and finetune need --data"));
+            }
+        }
+        let scores = score::magnitude(self.model.graph(), &self.model.anatomy);
+        self.plan(&scores)
+    }
+
+    fn plan(&self, scores: &Scores) -> Result<Plan, Error> {
+        let mut plan = make_plan(self.model, scores, self.ask, self.asked, self.round, self.protected.clone())?;
+        plan.seed = self.config.seed;
+        Ok(plan)
+    }
+
+    /// Accuracy of the original on the judging images; refuses what is no better than chance.
+    pub fn judge_original(&self, stop: &AtomicBool) -> Result<Option<Evaluation>, Error> {
+        let Some(data) = &self.data else { return Ok(None) };
+        let output = self.output.as_deref();
+        let ask = EvalAsk { data: &data.judge, batch: self.config.batch, output, session: &self.session };
+        let found = evaluate(self.model, None, &ask, stop)?;
+        check_not_chance(self.model, &data.path, output, &found)?;
+        Ok(Some(found))
+    }
+
+    /// Measures a few steps in a folder that is removed again.
+    pub fn forecast(&self, stop: &AtomicBool) -> Result<Forecast, Error> {
+        const STEPS: u64 = 3;
+        let plan = self.check()?;
+        let (mut step, mut steps) = (None, 0);
+        if let (Some(data), true) = (&self.data, self.recipe != Recipe::OneShot) {
+            let folder = tempfile::tempdir().map_err(|e| Error::unsuitable(&std::env::temp_dir(), e.to_string()))?;
+            let config = Config { max_steps: Some(STEPS), ..self.config.clone() };
+            let mut seconds = Vec::new();
+            let mut last = std::time::Instant::now();
+            let mut count = |p: Progress| {
+                if let Progress::Step(_) = p {
+                    seconds.push(last.elapsed());
+                    last = std::time::Instant::now();
+                }
+            };
+            self.run_search(&config, data, folder.path(), false, &mut count, stop)?;
+            // The first step also builds the session.
+            step = seconds.get(1..).and_then(|s| s.iter().min().copied());
+            let of = |epochs: u32, n: usize| u64::from(epochs) * (n / self.config.batch.max(1)) as u64;
+            let tuning = if self.recipe == Recipe::SearchFinetune { self.finetune.epochs } else { 0 };
+            steps = of(self.config.epochs, data.train.len()) + of(tuning, data.train.len());
+        }
+        Ok(Forecast { plan, step, steps, memory: peak_memory() })
+    }
+
+    fn run_search(
+        &self,
+        config: &Config,
+        data: &SlimData,
+        run_dir: &Path,
+        resume: bool,
+        progress: &mut dyn FnMut(Progress),
+        stop: &AtomicBool,
+    ) -> Result<Outcome, Error> {
+        let (output, library) = (self.output.as_deref(), &self.session.library);
+        search(self.model, &SearchAsk { data: &data.train, config, run_dir, output, library, resume }, progress, stop)
+    }
+
+    /// Does the job. `run_dir` holds the search.
+    pub fn run(&self, run_dir: &Path, resume: bool, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Ended, Error> {
+        tell(Event::Stage("evaluating the original"));
+        let before = self.judge_original(stop)?;
+        let mut outcome = None;
+        let mut plan = match (&self.data, self.recipe) {
+            (Some(data), Recipe::Search | Recipe::SearchFinetune) => {
+                tell(Event::Stage("searching"));
+                let mut progress = |p: Progress| tell(Event::Step("search", p));
+                let found = self.run_search(&self.config, data, run_dir, resume, &mut progress, stop)?;
+                if found.is_interrupted {
+                    return Ok(Ended::Interrupted);
+                }
+                outcome = Some(found);
+                self.plan(&super::read_run(self.model, run_dir)?.scores())?
+            }
+            _ => self.check()?,
+        };
+        tell(Event::Stage("cutting"));
+        let weights = outcome.as_ref().map(|_| run_dir);
+        let Cut { sliced, plan: completed, warnings } = cut(self.model, Path::new("plan"), &plan, weights)?;
+        warnings.into_iter().for_each(|w| tell(Event::Note(w)));
+        plan = completed;
+        let cost = before_after(self.model, &sliced)?;
+        let mut graph = sliced.graph;
+        let mut finetuned = None;
+        if let (Some(data), Recipe::SearchFinetune) = (&self.data, self.recipe) {
+            tell(Event::Stage("verifying the cut"));
+            let verdict = self.prove(&graph, &plan, None)?;
+            if !verdict.pass {
+                return Ok(self.done(graph, plan, cost, verdict, before, outcome, None, None));
+            }
+            tell(Event::Stage("fine-tuning"));
+            let tuned = self.tune(&graph, data, tell, stop)?;
+            if tuned.is_interrupted {
+                return Ok(Ended::Interrupted);
+            }
+            finetuned = Some(keep_tuned(&mut graph, &mut plan, tuned, tell));
+        }
+        tell(Event::Stage("verifying"));
+        let verdict = self.prove(&graph, &plan, self.data.as_ref().map(|d| &d.judge))?;
+        if !verdict.pass {
+            return Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, None));
+        }
+        tell(Event::Stage("measuring latency"));
+        let latency = self.latency(&graph)?;
+        Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, Some(latency)))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "it fills a record of eight fields")]
+    fn done(
+        &self,
+        graph: Graph,
+        plan: Plan,
+        cost: Promised,
+        verdict: Verdict,
+        before: Option<Evaluation>,
+        search: Option<Outcome>,
+        finetuned: Option<FinetuneReport>,
+        latency: Option<latency::Report>,
+    ) -> Ended {
+        Ended::Done(Box::new(Slimmed { graph, plan, cost, verdict, before, search, finetuned, latency }))
+    }
+
+    fn tune(&self, graph: &Graph, data: &SlimData, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Finetuned, Error> {
+        let student = self.small(graph)?;
+        let mut progress = |p: Progress| tell(Event::Step("finetune", p));
+        let images = (&data.train, self.output.as_deref());
+        finetune(&student, self.model, images, &self.finetune, &self.session.library, &mut progress, stop)
+    }
+
+    /// The smaller model as a model of its own.
+    fn small(&self, graph: &Graph) -> Result<Model, Error> {
+        let path = self.model.path.with_extension("slim");
+        let (facts, anatomy) = analyse(graph).map_err(|cause| Error::Infer { file: path.clone(), cause })?;
+        let loaded = Loaded { graph: graph.clone(), warnings: Vec::new(), files: Vec::new() };
+        Ok(Model { path, loaded, facts, anatomy, sizes: self.model.sizes.clone() })
+    }
+
+    fn prove(&self, graph: &Graph, plan: &Plan, judge: Option<&Dataset>) -> Result<Verdict, Error> {
+        let settings = Settings {
+            runtimes: self.runtimes.clone(),
+            session: self.session.clone(),
+            sizes: Sizes::clone(&self.model.sizes),
+            seed: self.config.seed,
+            output: self.output.clone(),
+            floors: if judge.is_some() { self.floors } else { Floors::default() },
+        };
+        let data = judge.map(|data| ProofData { data, batch: self.config.batch, loaders: 2 });
+        prove(self.model, graph, Path::new("plan"), plan, data, &settings)
+    }
+
+    fn latency(&self, graph: &Graph) -> Result<latency::Report, Error> {
+        let small = self.small(graph)?;
+        let first = self.runtimes.first().copied().unwrap_or(RuntimeName::Ort);
+        let feeds = bench_feeds(self.model, 1, self.config.seed, first, &self.session)?;
+        let threads = vec![if self.session.threads == 0 { 1 } else { self.session.threads }];
+        let settings = latency::Settings {
+            runtimes: self.runtimes.clone(),
+            threads,
+            warmup: 3,
+            iterations: 50,
+            time_limit: Some(Duration::from_secs(10)),
+            session: self.session.clone(),
+        };
+        bench(&[self.model, &small], &feeds, &settings)
+    }
+
+    /// Whether a verdict says that floors hold but for exactness, or the other way round: the sentence for a report.
+    pub fn why_not(verdict: &Verdict) -> String {
+        let failed = verdict.checks.iter().find(|c| !c.pass);
+        if let Some(c) = failed {
+            return format!("{}: output '{}' {}", c.runtime, c.output, c.reason.as_deref().unwrap_or("differs"));
+        }
+        if let Some(reason) = verdict.accuracy.as_ref().and_then(|a: &verify::Accuracy| a.reason.clone()) {
+            return reason;
+        }
+        let skipped: Vec<String> = verdict.skipped.iter().map(|s| format!("{}: {}", s.runtime, s.reason)).collect();
+        format!("no runtime could check: {}", skipped.join("; "))
+    }
+}
+
+/// Takes the tuned weights over, unless the plan cannot say where they came from.
+fn keep_tuned(graph: &mut Graph, plan: &mut Plan, tuned: Finetuned, tell: &mut dyn FnMut(Event)) -> FinetuneReport {
+    let mut report =
+        FinetuneReport { before: tuned.before, after: tuned.after, best_epoch: tuned.best_epoch, steps: tuned.steps };
+    if tuned.best_epoch.is_none() {
+        tell(Event::Note("fine-tuning did not help: the weights of the search are kept".to_string()));
+    } else if record_trained(plan, graph, &tuned.graph) {
+        *graph = tuned.graph;
+    } else {
+        tell(Event::Note("fine-tuned weights are not used: constants that several nodes read were taken apart".to_string()));
+        (report.best_epoch, report.after) = (None, report.before);
+    }
+    report
+}
+
+/// Kinds that a job may cut where none are named: tokens only where their gates are searched.
+pub fn default_kinds(model: &Model, recipe: Recipe) -> BTreeSet<Kind> {
+    let has = |kind: Kind| model.anatomy.groups.iter().any(|g| g.kind == kind);
+    let mut kinds: BTreeSet<Kind> = [Kind::Mlp, Kind::Qk, Kind::Vo, Kind::Channel].into_iter().filter(|k| has(*k)).collect();
+    if recipe != Recipe::OneShot && has(Kind::Token) {
+        kinds.insert(Kind::Token);
+    }
+    kinds
+}
+
+/// Unit: bytes of memory that this process had at its highest; Linux only.
+fn peak_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
