@@ -23,7 +23,9 @@ use crate::graph::Graph;
 use crate::infer::{self, Facts, InferError};
 use crate::onnx::{self, Loaded};
 use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Limits, Plan, Promised};
-use crate::score::Scores;
+use crate::runtime::Device;
+use crate::score::{self, Scores};
+use crate::search;
 use crate::slice::{self, Sliced};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -72,6 +74,21 @@ impl Model {
     pub fn cost(&self) -> Cost {
         cost::count(self.graph(), &self.facts, &self.sizes)
     }
+}
+
+/// Scores by the size of weights.
+pub fn magnitude(model: &Model) -> Scores {
+    score::magnitude(model.graph(), &model.anatomy)
+}
+
+/// Scores by chance.
+pub fn random_scores(model: &Model, seed: u64) -> Scores {
+    score::random(&model.anatomy, seed)
+}
+
+/// A device by its word: `auto`, `cpu`, `cuda:N`.
+pub fn device(word: &str) -> Result<Device, Error> {
+    search::parse_device(word).map_err(|cause| Error::Search { file: PathBuf::from("--device"), cause: Box::new(cause) })
 }
 
 /// Scores from a file, which must be of this model where it says which it is of.

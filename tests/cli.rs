@@ -334,6 +334,71 @@ fn a_search_leads_to_a_proven_model_step_by_step() {
     run(&["verify", "tuned.onnx", "--against", &model, "--json"]);
 }
 
+/// Contract of a search's result: what is cut computes what the supernet computes with its gates, those of removed units 0.
+#[test]
+fn a_cut_model_is_the_supernet_with_the_gates_of_what_stays() {
+    use vitrim::data::{Array, ArrayData};
+    use vitrim::runtime::{LibraryChoice, RuntimeName, SessionOptions};
+    use vitrim::supernet::{self, Options};
+    let Some([(name, path)]) = engine() else { return };
+    let (sandbox, model, vars) = (Sandbox::default(), digits("vit-digits.onnx"), [(name, path.as_str())]);
+    few(&sandbox, "d.npz", 256);
+    let steps = ["--epochs", "1", "--batch", "32", "--gate-lr", "0.05", "--device", "cpu"];
+    assert_eq!(sandbox.run_with(&[&["search", &model, "--data", "d.npz", "--run", "r"][..], &steps].concat(), &vars).code, 0);
+    assert_eq!(sandbox.run(&["plan", &model, "--run", "r", "--budget", "macs=0.6", "-o", "p.json"]).code, 0);
+    assert_eq!(sandbox.run(&["slice", &model, "--plan", "p.json", "--weights", "r", "-o", "cut.onnx"]).code, 0);
+
+    let run = vitrim::search::read(&sandbox.at("r")).unwrap();
+    assert!(run.gates.values().flatten().any(|g| (*g - 1.0).abs() > 0.1), "the gates have moved");
+    let loaded = vitrim::onnx::read(model.as_ref()).unwrap();
+    let graph = run.apply_weights(&loaded.graph).unwrap();
+    let (facts, anatomy) = vitrim::pipeline::analyse(&graph).unwrap();
+    let (groups, _) = supernet::gates_of(&graph, &anatomy);
+    let net = supernet::build(&graph, &facts, &groups, &[], &Options::default()).unwrap();
+    let plan = vitrim::plan::Plan::read(&sandbox.at("p.json")).unwrap();
+    let image: Vec<f32> = (0..784).map(|i| (i % 29) as f32 / 29.0).collect();
+    let floats = |dims: Vec<usize>, values: Vec<f32>| Array { dims, data: ArrayData::F32(values) };
+    let mut feeds = vec![("input".to_string(), floats(vec![1, 1, 28, 28], image))];
+    let cut_feeds = feeds.clone();
+    for input in &net.inputs {
+        let count = |n: &vitrim::graph::DeclaredDim| match n {
+            vitrim::graph::DeclaredDim::Size(n) => *n as usize,
+            vitrim::graph::DeclaredDim::Symbol(_) => 1,
+        };
+        let dims: Vec<usize> = input.shape.iter().map(count).collect();
+        let mut values = vec![1.0; dims.iter().product()];
+        match input.name.strip_prefix("gate.") {
+            Some(id) => {
+                if let Some(gates) = run.gates.get(id) {
+                    values.copy_from_slice(gates);
+                }
+                if let Some(kept) = plan.groups.get(id) {
+                    (0..kept.of).filter(|u| !kept.kept.contains(u)).for_each(|u| values[u] = 0.0);
+                }
+            }
+            None if input.name == "input" => continue,
+            None if input.name == "labels" => {
+                feeds.push((input.name.clone(), Array { dims, data: ArrayData::I64(vec![0]) }));
+                continue;
+            }
+            None => {}
+        }
+        feeds.push((input.name.clone(), floats(dims, values)));
+    }
+    let library = LibraryChoice { file: Some(path.into()), ..LibraryChoice::default() };
+    let options = SessionOptions { library, ..SessionOptions::default() };
+    let logits = |graph: &vitrim::graph::Graph, feeds: &[(String, Array)]| {
+        let bytes = vitrim::onnx::to_bytes(graph).unwrap();
+        let outputs = vitrim::runtime::open(RuntimeName::Ort, &bytes, &options).unwrap().run(feeds).unwrap();
+        outputs.into_iter().find(|(n, _)| n == "logits").unwrap().1.as_f32()
+    };
+    let with_gates = logits(&net.graph, &feeds);
+    let cut = logits(&vitrim::onnx::read(&sandbox.at("cut.onnx")).unwrap().graph, &cut_feeds);
+    let size = cut.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let error = cut.iter().zip(&with_gates).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(error <= 1e-5 * size.max(1.0), "{error} of {size}");
+}
+
 #[test]
 fn slim_does_it_all_and_a_dry_run_does_nothing() {
     let Some([(name, path)]) = engine() else { return };

@@ -5,9 +5,8 @@ use super::talk::Talk;
 use crate::anatomy::Kind;
 use crate::cost::Sizes;
 use crate::onnx::Overwrite;
-use crate::pipeline::DataChoice;
+use crate::pipeline::{self, DataChoice};
 use crate::runtime::{self, Device, InstallOptions, LibraryChoice, Probe, RuntimeName, SessionOptions};
-use crate::search;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
@@ -73,7 +72,7 @@ impl EngineArgs {
 
     /// The device, or `default`.
     pub(super) fn device(&self, default: &str) -> Result<Device, Failure> {
-        search::parse_device(self.device.as_deref().unwrap_or(default)).map_err(|_| {
+        pipeline::device(self.device.as_deref().unwrap_or(default)).map_err(|_| {
             Failure::bad("V0003", None, format!("--device: '{}': expected auto, cpu or cuda:N", self.device_word(default)))
         })
     }

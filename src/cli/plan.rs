@@ -10,7 +10,7 @@ use crate::anatomy::Kind;
 use crate::onnx;
 use crate::pipeline::{self, Model};
 use crate::plan::{Ask, Plan};
-use crate::score::{self, Scores};
+use crate::score::Scores;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -114,8 +114,7 @@ pub(super) fn ask(keep: Option<&str>, budget_text: Option<&str>, kind_words: &st
 
 fn scores(args: &Args, model: &Model) -> Result<Scores, Failure> {
     match (&args.by, &args.scores, &args.run) {
-        (Some(By::Random), ..) => Ok(score::random(&model.anatomy, args.seed)),
-        (Some(By::Magnitude), ..) => Ok(score::magnitude(model.graph(), &model.anatomy)),
+        (Some(by), ..) => Ok(super::score::scores(model, *by, args.seed)),
         (None, Some(file), _) => Ok(pipeline::read_scores(model, file)?),
         (None, None, Some(dir)) => Ok(pipeline::read_run(model, dir)?.scores()),
         (None, None, None) => Err(Failure::internal("one source of scores is required")),

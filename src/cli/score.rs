@@ -5,8 +5,8 @@ use super::options::{ForceArgs, SizeArgs};
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json};
 use crate::onnx;
-use crate::pipeline;
-use crate::score::{self, Scores};
+use crate::pipeline::{self, Model};
+use crate::score::Scores;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -48,10 +48,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     if model.anatomy.groups.is_empty() {
         return Err(Failure::of_file("V0401", &args.model, "no prunable group found; see vitrim inspect"));
     }
-    let scores = match args.by {
-        By::Magnitude => score::magnitude(model.graph(), &model.anatomy),
-        By::Random => score::random(&model.anatomy, args.seed),
-    };
+    let scores = scores(&model, args.by, args.seed);
     let scores = Scores { model_sha256: model.sha256()?, ..scores };
     let bytes = scores.to_bytes().map_err(Failure::internal)?;
     {
@@ -66,4 +63,12 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         talk.say(format!("{}: {units} units of {} groups", args.out.display(), scores.groups.len()));
     }
     Ok(Verdict::Done)
+}
+
+/// The scores that need no file.
+pub(super) fn scores(model: &Model, by: By, seed: u64) -> Scores {
+    match by {
+        By::Magnitude => pipeline::magnitude(model),
+        By::Random => pipeline::random_scores(model, seed),
+    }
 }

@@ -373,7 +373,10 @@ fn missed(job: &Slim<'_>, s: &Slimmed) -> Option<String> {
 
 fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Duration, bytes: Option<(u64, u64)>) -> Value {
     let accuracy = s.verdict.accuracy.as_ref().map(|a| {
-        let share = |share: f64| json!({ "top1": share, "ci95": crate::verify::accuracy::wilson(share, a.n) });
+        let share = |share: f64| {
+            let (low, high) = counted(share, a.n).interval();
+            json!({ "top1": share, "ci95": [low, high] })
+        };
         json!({
             "n": a.n,
             "before": a.top1.as_ref().map(|t| share(t.before)),
@@ -408,6 +411,11 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
     })
 }
 
+/// A share of `n` samples as the count that it is.
+fn counted(share: f64, n: usize) -> Accuracy {
+    Accuracy { correct: (share * n as f64).round() as u64, n: n as u64 }
+}
+
 /// Before and after, one row per number.
 fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
     let mut table = comfy_table::Table::new();
@@ -423,11 +431,10 @@ fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
     }
     count("bytes", bytes.0, bytes.1);
     if let Some(a) = &s.verdict.accuracy {
-        let n = a.n as u64;
-        let of = |share: f64| Accuracy { correct: (share * n as f64).round() as u64, n };
+        let n = a.n;
         if let Some(t) = &a.top1 {
             let ends = |x: f64| {
-                let (low, high) = of(x).interval();
+                let (low, high) = counted(x, n).interval();
                 format!("{:.2} % ({:.2} to {:.2})", x * 100.0, low * 100.0, high * 100.0)
             };
             table.add_row(vec!["top-1 (95 % interval)".into(), ends(t.before), ends(t.after), format!("n = {n}")]);
@@ -445,8 +452,7 @@ fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
     }
     let mut text = format!("{table}\n");
     if let Some(a) = &s.verdict.accuracy {
-        let agree = Accuracy { correct: (a.top1_agreement * a.n as f64).round() as u64, n: a.n as u64 };
-        text += &format!("agrees with the original on {}\n", share_words(&agree));
+        text += &format!("agrees with the original on {}\n", share_words(&counted(a.top1_agreement, a.n)));
     }
     for skipped in s.verdict.skipped.iter().map(|x| (x.runtime, &x.reason)) {
         text += &format!("skipped {}: {}\n", skipped.0, onnx::shown_to(skipped.1, 200));

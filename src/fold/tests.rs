@@ -1,3 +1,5 @@
+//! Factors on their way, and gates in small graphs.
+
 use super::factor::Factor;
 use super::group;
 use crate::anatomy::{Group, Kind, Site};
