@@ -90,7 +90,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let ask = ask(args)?;
-    onnx::check_output(&args.out, &[args.model.clone()], args.force.overwrite())?;
+    onnx::check_output(&args.out, std::slice::from_ref(&args.model), args.force.overwrite())?;
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, args.force.overwrite())?;

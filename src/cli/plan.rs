@@ -65,7 +65,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let words = args.kinds.as_deref().unwrap_or(KINDS);
     let (mut ask, asked) = ask(args.keep.as_deref(), args.budget.as_deref(), words)?;
-    onnx::check_output(&args.out, &[args.model.clone()], args.force.overwrite())?;
+    onnx::check_output(&args.out, std::slice::from_ref(&args.model), args.force.overwrite())?;
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, args.force.overwrite())?;

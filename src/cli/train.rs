@@ -32,13 +32,6 @@ pub(super) struct StepArgs {
     ema: Option<f64>,
 }
 
-impl StepArgs {
-    /// Samples of one run.
-    pub(super) fn batch(&self) -> usize {
-        self.batch.map_or(64, |b| b as usize)
-    }
-}
-
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum TrainArg {
     /// All weights

@@ -16,7 +16,14 @@ use std::path::Path;
 /// What a plan is applied to: the model, or the model with merged constants taken apart.
 pub(super) enum Base<'a> {
     Model(&'a Model),
-    Own { graph: Graph, facts: Facts, anatomy: Anatomy },
+    Own(Box<Own>),
+}
+
+/// A graph of its own, analysed.
+pub(super) struct Own {
+    graph: Graph,
+    facts: Facts,
+    anatomy: Anatomy,
 }
 
 impl<'a> Base<'a> {
@@ -26,19 +33,21 @@ impl<'a> Base<'a> {
             return Ok(Base::Model(model));
         }
         let graph = split_constants(model.graph(), &plan.split).map_err(|reason| Error::unsuitable(plan_path, reason))?;
-        Self::own(model, graph)
-    }
-
-    pub(super) fn own(model: &Model, graph: Graph) -> Result<Self, Error> {
-        let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
-        Ok(Base::Own { graph, facts, anatomy })
+        Ok(Base::Own(Box::new(Own::new(model, graph)?)))
     }
 
     pub(super) fn parts(&self) -> (&Graph, &Facts, &Anatomy) {
         match self {
             Base::Model(m) => (m.graph(), &m.facts, &m.anatomy),
-            Base::Own { graph, facts, anatomy } => (graph, facts, anatomy),
+            Base::Own(own) => (&own.graph, &own.facts, &own.anatomy),
         }
+    }
+}
+
+impl Own {
+    fn new(model: &Model, graph: Graph) -> Result<Self, Error> {
+        let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
+        Ok(Self { graph, facts, anatomy })
     }
 }
 
@@ -66,9 +75,7 @@ pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> 
     let run = read_run(model, dir)?;
     let trained = run.apply_weights(model.graph()).map_err(|e| search_error(dir, e))?;
     plan.split = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
-    let Base::Own { mut graph, facts, anatomy } = Base::own(model, trained)? else {
-        return Err(Error::unsuitable(dir, "no base"));
-    };
+    let Own { mut graph, facts, anatomy } = Own::new(model, trained)?;
     let mut why = changed(model.graph(), &graph, &plan.split, "trained");
     let (folded, warnings) = fold_gates(&mut graph, &facts, &anatomy, &run, &kept, dir)?;
     why.extend(folded.into_iter().map(|name| (name, "folded")));
@@ -77,6 +84,11 @@ pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> 
     let checkpoint = dir.join("checkpoint.safetensors");
     plan.weights = Some(Weights { path: dir.display().to_string(), sha256: onnx::sha256_of_file(&checkpoint)? });
     Ok(Cut { sliced, plan, warnings })
+}
+
+/// Applies a plan to the model's own weights.
+pub fn apply_plan(model: &Model, plan_path: &Path, plan: &Plan) -> Result<Sliced, Error> {
+    Ok(cut(model, plan_path, plan, None)?.sliced)
 }
 
 /// The run, which must be of this model.

@@ -115,9 +115,9 @@ pub fn node(name: &str, op: &str, inputs: &[&str], outputs: &[&str]) -> NodeProt
 pub fn info(name: &str, dims: &[i64]) -> ValueInfoProto {
     let dim = |d: &i64| {
         let value = match d {
-            0 => onnx_proto::Dim::DimParam("batch".into()),
-            n if *n < 0 => onnx_proto::Dim::DimParam(format!("s{}", -n)),
-            n => onnx_proto::Dim::DimValue(*n),
+            0 => Dim::DimParam("batch".into()),
+            n if *n < 0 => Dim::DimParam(format!("s{}", -n)),
+            n => Dim::DimValue(*n),
         };
         Dimension { value: Some(value), ..Default::default() }
     };
