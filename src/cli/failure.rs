@@ -43,7 +43,7 @@ impl Failure {
 
     /// Says what went wrong, and gives the exit code.
     pub(super) fn report(self, json: bool) -> ExitCode {
-        eprintln!("error: {}", shown_to(&self.message, LINE));
+        super::tell(format_args!("error: {}", shown_to(&self.message, LINE)));
         self.report_json_only(json)
     }
 
@@ -95,6 +95,6 @@ pub(super) fn install_panic_hook() {
         let what = info.payload().downcast_ref::<&str>().map(|s| (*s).to_string());
         let what = what.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
         let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-        eprintln!("error: internal fault{place}: {}; please report it", shown(&what));
+        super::tell(format_args!("error: internal fault{place}: {}; please report it", shown(&what)));
     }));
 }

@@ -37,7 +37,7 @@ fn came(signal: i32) {
         return;
     }
     let _guard = writing();
-    eprintln!("error: interrupted");
+    super::tell(format_args!("error: interrupted"));
     std::process::exit(128 + signal);
 }
 

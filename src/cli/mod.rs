@@ -3,8 +3,6 @@
 //! stdout gets the result (with `--json` exactly one object), stderr gets progress and messages.
 //! Exit codes: 0 done, 1 a check was negative, 2 bad input, usage or environment, 3 a fault of vitrim, 130/143 interrupted.
 
-#![allow(clippy::print_stdout, clippy::print_stderr, reason = "this module is where printing happens")]
-
 mod augment;
 mod bench;
 mod eval;
@@ -154,6 +152,12 @@ impl Command {
             Command::Verify(a) => a.json,
         }
     }
+}
+
+/// One line on stderr; where nobody reads it, there is nothing to be done about that.
+fn tell(line: impl std::fmt::Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Prints one JSON object, or quietly stops where nobody reads any more.

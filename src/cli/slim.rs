@@ -167,10 +167,13 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     }
     let ended = work(&job, args, &run_dir, talk)?;
     let Some(slimmed) = ended else {
-        let dir = run_dir.display();
-        return Err(Failure::interrupted(format!(
-            "interrupted; resume with the same command and --resume (the run is in {dir})"
-        )));
+        let message = if recipe == Recipe::OneShot {
+            "interrupted; nothing was written".to_string()
+        } else {
+            let dir = run_dir.display();
+            format!("interrupted; resume with the same command and --resume (the run is in {dir})")
+        };
+        return Err(Failure::interrupted(message));
     };
     finish(args, &job, &slimmed, &run_dir, start.elapsed(), talk)
 }
@@ -325,11 +328,11 @@ fn finish(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         }
         talk.flush();
         let why = Slim::why_not(&s.verdict);
-        eprintln!(
+        super::tell(format_args!(
             "error: {}: not written, since it did not verify: {}{kept}",
             shown(&args.out.display().to_string()),
             onnx::shown_to(&why, 160)
-        );
+        ));
         return Ok(Verdict::Negative);
     }
     {
@@ -354,7 +357,7 @@ fn finish(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
     }
     let missed = missed(job, s);
     if let Some(missed) = &missed {
-        eprintln!("error: {}: {missed}", shown(&args.out.display().to_string()));
+        super::tell(format_args!("error: {}: {missed}", shown(&args.out.display().to_string())));
     }
     Ok(if missed.is_some() { Verdict::Negative } else { Verdict::Done })
 }

@@ -37,7 +37,7 @@ impl Talk {
     pub(super) fn flush(&self) {
         for warning in self.warnings.borrow_mut().drain(..) {
             if !self.quiet {
-                eprintln!("warning: {}", shown_to(&warning, LINE));
+                super::tell(format_args!("warning: {}", shown_to(&warning, LINE)));
             }
         }
     }
@@ -45,7 +45,7 @@ impl Talk {
     /// One line.
     pub(super) fn say(&self, text: impl std::fmt::Display) {
         if !self.quiet {
-            eprintln!("{}", shown_to(&text.to_string(), LINE));
+            super::tell(format_args!("{}", shown_to(&text.to_string(), LINE)));
         }
     }
 

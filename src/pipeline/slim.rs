@@ -20,7 +20,7 @@ use crate::search::{Config, FinetuneConfig, Finetuned, Outcome, Progress};
 use crate::verify::{self, Floors, Settings, Verdict};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How much is done.
@@ -255,6 +255,10 @@ impl Slim<'_> {
             }
             _ => self.check()?,
         };
+        let is_stopped = || stop.load(Ordering::Relaxed);
+        if is_stopped() {
+            return Ok(Ended::Interrupted);
+        }
         tell(Event::Stage("cutting"));
         let weights = outcome.as_ref().map(|_| run_dir);
         let Cut { sliced, plan: completed, warnings } = cut(self.model, Path::new("plan"), &plan, weights)?;
@@ -266,6 +270,9 @@ impl Slim<'_> {
         if let (Some(data), Recipe::SearchFinetune) = (&self.data, self.recipe) {
             tell(Event::Stage("verifying the cut"));
             let verdict = self.prove(&graph, &plan, None)?;
+            if is_stopped() {
+                return Ok(Ended::Interrupted);
+            }
             if !verdict.pass {
                 return Ok(self.done(graph, plan, cost, verdict, before, outcome, None, None));
             }
@@ -281,8 +288,14 @@ impl Slim<'_> {
         if !verdict.pass {
             return Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, None));
         }
+        if is_stopped() {
+            return Ok(Ended::Interrupted);
+        }
         tell(Event::Stage("measuring latency"));
         let latency = self.latency(&graph)?;
+        if is_stopped() {
+            return Ok(Ended::Interrupted);
+        }
         Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, Some(latency)))
     }
 
