@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let scores = score::magnitude(model.graph(), &model.anatomy);
     let ask = Ask::Fractions(BTreeMap::from([(Kind::Mlp, 0.5)]));
     let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", 0, BTreeSet::new())?;
-    let sliced = pipeline::apply_plan(&model, &path, &plan)?;
+    let sliced = pipeline::cut(&model, &path, &plan, None)?.sliced;
 
     let folder = tempfile::tempdir()?;
     let out = folder.path().join("half-mlp.onnx");

@@ -1,6 +1,6 @@
 //! The ONNX schema as Rust types, and what can be said about a file without decoding it.
 //!
-//! [`schema`] has one struct per message of `onnx.proto` (proto2: presence of every optional scalar is kept, so that
+//! `schema` has one struct per message of `onnx.proto` (proto2: presence of every optional scalar is kept, so that
 //! decode, encode, decode is the identity). [`table`] lists the same fields as data, and [`scan`](scan()) walks raw bytes by that
 //! table before anything is decoded: it allocates nothing, names what the schema does not know, and enforces limits.
 //!

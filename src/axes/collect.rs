@@ -148,12 +148,17 @@ impl Collected {
             Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
             None => Some(Err(unknown_operator(node.domain(), node.op()))),
         };
-        let contracted = |slot: usize| {
-            matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| matches!(l,
-                Link::Contract((a, _), (b, _)) if *a == Slot::In(slot) || *b == Slot::In(slot))))
+        // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
+        // a constant on (an Identity for each layer, where an exporter merged equal biases) do not tie those behind them.
+        let one_for_all = |slot: usize| {
+            matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
+                Link::Contract((a, _), (b, _)) => *a == Slot::In(slot) || *b == Slot::In(slot),
+                Link::Select { from: (a, _), .. } => *a == Slot::In(slot),
+                _ => false,
+            }))
         };
         let inputs = node.inputs().iter().enumerate();
-        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, contracted(slot), depends)));
+        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, one_for_all(slot), depends)));
         self.inputs[id] = inputs.collect();
         match relations {
             None => {}
@@ -171,12 +176,10 @@ impl Collected {
     }
 
     /// The carrier that a reader sees.
-    fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, contracted: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
+    fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, one_for_all: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
         let value = graph.value(v);
         let shared = value.users().len() > 1 || graph.outputs().contains(&v);
-        // Between constants a value stays one: the parts that are sliced from a packed weight are parts of one weight.
-        let for_data = graph.node(at.node).outputs().iter().flatten().any(|out| depends[*out]);
-        if depends[v] || contracted || !shared || !for_data {
+        if depends[v] || one_for_all || !shared {
             return v.index();
         }
         self.carriers.push(Carrier { of: Of::Private(v, at), ..self.carriers[v.index()].clone() });

@@ -76,7 +76,7 @@ pub fn search(
     })
 }
 
-/// Trains `student`, which was cut from `teacher`, towards it. See [`search::finetune`].
+/// Trains `student`, which was cut from `teacher`, towards it. See [`search::finetune()`].
 pub fn finetune(
     student: &Model,
     teacher: &Model,

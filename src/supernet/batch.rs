@@ -119,9 +119,9 @@ mod tests {
         let d = Dim::from(48i64);
         assert_eq!(order(&[b.clone(), n.clone(), d.clone()], &[], &both), Some(Order::Outermost));
         assert_eq!(order(&[n.clone(), b.clone(), d.clone()], &[], &both), Some(Order::Innermost));
-        assert_eq!(order(&[d.clone(), n.clone(), b.clone()], &[d.clone()], &both), Some(Order::Innermost));
+        assert_eq!(order(&[d.clone(), n.clone(), b.clone()], std::slice::from_ref(&d), &both), Some(Order::Innermost));
         let wide = [n.clone(), b.clone(), d.clone()];
-        assert_eq!(order(&wide, &[n.clone()], &(&b * &Dim::from(3i64))), Some(Order::Outermost));
+        assert_eq!(order(&wide, std::slice::from_ref(&n), &(&b * &Dim::from(3i64))), Some(Order::Outermost));
         // Samples between others are not understood.
         assert_eq!(order(&[n.clone(), b.clone(), n.clone()], &[], &(&both * &n)), None);
     }

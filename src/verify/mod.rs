@@ -27,6 +27,9 @@ pub use feeds::{FeedError, FeedSet, Feeds, InputSource, Tried};
 pub use report::{Check, Edits, SCHEMA_VERSION, Skipped, Verdict};
 pub use weights::WeightDifference;
 
+/// Noise by output, where both runs gave numbers.
+type Noise = Vec<(String, Option<f64>)>;
+
 /// What is verified.
 #[derive(Clone, Copy)]
 pub struct Subject<'a> {
@@ -366,12 +369,7 @@ impl<'a> Round<'a> {
     }
 
     /// What the runtime's rewrites alone do to the original, by output.
-    fn noise(
-        &self,
-        runtime: RuntimeName,
-        sets: &[FeedSet],
-        originals: &[Original],
-    ) -> Result<Vec<Vec<(String, Option<f64>)>>, Error> {
+    fn noise(&self, runtime: RuntimeName, sets: &[FeedSet], originals: &[Original]) -> Result<Vec<Noise>, Error> {
         let mut plain = match self.open(runtime, self.subject.original, Optimize::Off)? {
             Ok(session) => session,
             Err(_) => return Ok(vec![Vec::new(); sets.len()]),
