@@ -11,7 +11,7 @@ mod train;
 pub use augment::{AugmentAsk, augment};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
 use edit::Base;
-pub use edit::{Cut, apply_plan, cut, read_run, record_trained};
+pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use proof::{ProofData, prove};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};

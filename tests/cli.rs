@@ -136,6 +136,18 @@ fn plan_and_slice_have_the_names_of_the_contract_and_promises_are_kept() {
 }
 
 #[test]
+fn a_budget_is_met_closely_also_with_tokens() {
+    let (sandbox, model) = (Sandbox::default(), digits("vit-digits.onnx"));
+    for kinds in ["mlp,qk,vo", "token", "mlp,qk,vo,token"] {
+        let args =
+            ["plan", &model, "--by", "random", "--kinds", kinds, "--budget", "macs=0.5", "-o", "p.json", "--force", "--json"];
+        let macs = ok(&sandbox.run(&args))["budget"]["promised"]["macs"].clone();
+        let share = macs["after"].as_f64().unwrap() / macs["before"].as_f64().unwrap();
+        assert!((0.49..=0.5).contains(&share), "{kinds}: {share}");
+    }
+}
+
+#[test]
 fn scores_from_a_file_give_the_plan_that_they_were_made_for() {
     let sandbox = Sandbox::default();
     let model = digits("vit-digits.onnx");

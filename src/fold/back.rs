@@ -33,7 +33,7 @@ impl<'a> Walk<'a> {
     }
 
     /// Into the other operand of the sink, which contracts what the factor multiplies: `(x g) W = x (g W)`.
-    pub(super) fn sink(&self, at: Use, factor: &Factor) -> Result<Found, String> {
+    pub(super) fn to_sink(&self, at: Use, factor: &Factor) -> Result<Found, String> {
         let node = self.graph.node(at.node);
         let rank = factor.dims.len();
         let other = node.input(1 - at.slot.min(1)).ok_or_else(|| self.refuse(at))?;

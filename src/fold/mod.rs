@@ -41,7 +41,7 @@ pub fn group(graph: &mut Graph, facts: &Facts, group: &Group, gate: &[f32]) -> R
         if factor.is_one() {
             continue;
         }
-        let forwards = Walk::new(graph, facts).sink(site.at, &factor);
+        let forwards = Walk::new(graph, facts).to_sink(site.at, &factor);
         let found = forwards.or_else(|reason| {
             let operand = graph.node(site.at.node).input(site.at.slot).ok_or("the operand is missing")?;
             Walk::new(graph, facts).back(operand, &factor, site.at).map_err(|back| format!("{back}; {reason}"))

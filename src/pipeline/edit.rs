@@ -16,14 +16,14 @@ use std::path::Path;
 /// What a plan is applied to: the model, or the model with merged constants taken apart.
 pub(super) enum Base<'a> {
     Model(&'a Model),
-    Own(Box<Own>),
+    Own(Box<Analysed>),
 }
 
-/// A graph of its own, analysed.
-pub(super) struct Own {
-    graph: Graph,
-    facts: Facts,
-    anatomy: Anatomy,
+/// A graph with what is known of it.
+pub(super) struct Analysed {
+    pub(super) graph: Graph,
+    pub(super) facts: Facts,
+    pub(super) anatomy: Anatomy,
 }
 
 impl<'a> Base<'a> {
@@ -33,7 +33,7 @@ impl<'a> Base<'a> {
             return Ok(Base::Model(model));
         }
         let graph = split_constants(model.graph(), &plan.split).map_err(|reason| Error::unsuitable(plan_path, reason))?;
-        Ok(Base::Own(Box::new(Own::new(model, graph)?)))
+        Ok(Base::Own(Box::new(analysed(model, graph)?)))
     }
 
     pub(super) fn parts(&self) -> (&Graph, &Facts, &Anatomy) {
@@ -44,11 +44,9 @@ impl<'a> Base<'a> {
     }
 }
 
-impl Own {
-    fn new(model: &Model, graph: Graph) -> Result<Self, Error> {
-        let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
-        Ok(Self { graph, facts, anatomy })
-    }
+fn analysed(model: &Model, graph: Graph) -> Result<Analysed, Error> {
+    let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
+    Ok(Analysed { graph, facts, anatomy })
 }
 
 /// A sliced graph, its completed plan, and what a user should know.
@@ -75,7 +73,7 @@ pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> 
     let run = read_run(model, dir)?;
     let trained = run.apply_weights(model.graph()).map_err(|e| search_error(dir, e))?;
     plan.split = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
-    let Own { mut graph, facts, anatomy } = Own::new(model, trained)?;
+    let Analysed { mut graph, facts, anatomy } = analysed(model, trained)?;
     let mut why = changed(model.graph(), &graph, &plan.split, "trained");
     let (folded, warnings) = fold_gates(&mut graph, &facts, &anatomy, &run, &kept, dir)?;
     why.extend(folded.into_iter().map(|name| (name, "folded")));
@@ -84,11 +82,6 @@ pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> 
     let checkpoint = dir.join("checkpoint.safetensors");
     plan.weights = Some(Weights { path: dir.display().to_string(), sha256: onnx::sha256_of_file(&checkpoint)? });
     Ok(Cut { sliced, plan, warnings })
-}
-
-/// Applies a plan to the model's own weights.
-pub fn apply_plan(model: &Model, plan_path: &Path, plan: &Plan) -> Result<Sliced, Error> {
-    Ok(cut(model, plan_path, plan, None)?.sliced)
 }
 
 /// The run, which must be of this model.

@@ -203,26 +203,13 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
         .filter(|(l, _)| l.group.kind != Kind::Token)
         .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n * l.per_step))
         .collect();
-    model.under(&|class| sizes.get(&class).copied(), &tokens_after(ladders, counts))
-}
-
-/// Tokens that stay from each layer on: those that neither it nor a layer before it drops.
-fn tokens_after(ladders: &[Ladder<'_>], counts: &[usize]) -> BTreeMap<usize, usize> {
-    let mut by_layer: Vec<(&Ladder<'_>, usize)> =
-        ladders.iter().zip(counts.iter().copied()).filter(|(l, _)| l.group.kind == Kind::Token).collect();
-    by_layer.sort_by_key(|(l, _)| l.group.layer);
-    let mut alive: Option<BTreeSet<usize>> = None;
-    let mut left = BTreeMap::new();
-    for (l, n) in by_layer {
-        let own = l.kept(n).into_iter();
-        let now: BTreeSet<usize> = match &alive {
-            Some(before) => own.filter(|t| before.contains(t)).collect(),
-            None => own.collect(),
-        };
-        left.insert(l.group.layer, now.len());
-        alive = Some(now);
-    }
-    left
+    let tokens: BTreeMap<usize, usize> = ladders
+        .iter()
+        .zip(counts)
+        .filter(|(l, _)| l.group.kind == Kind::Token)
+        .map(|(l, n)| (l.group.layer, l.width_after(*n)))
+        .collect();
+    model.under(&|class| sizes.get(&class).copied(), &tokens)
 }
 
 fn steps_for_budget(
