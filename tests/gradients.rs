@@ -301,6 +301,27 @@ fn every_update_waits_for_all_readers_of_the_old_value() {
     }
 }
 
+/// The product that ends a GELU is read by the next layer only: the backward pass makes its own, and so frees this one early.
+#[test]
+fn gelu_is_computed_again_in_the_backward_pass() {
+    for name in MODELS {
+        let model = model(name);
+        let net = build(&model, &model.groups, &[], &Options { train: Train::All, ..Options::default() });
+        let graph = &net.graph;
+        let product_of = |erf: &vitrim::graph::Node| {
+            let one = graph.value(erf.output(0).unwrap()).users()[0].node;
+            let above = graph.node(one).output(0).unwrap();
+            let both = |id: &vitrim::graph::NodeId| {
+                graph.node(*id).inputs().iter().flatten().all(|v| *v == above || Some(*v) == erf.input(0))
+            };
+            let products = graph.value(above).users().iter().map(|u| u.node).filter(both);
+            products.map(|id| graph.value(graph.node(id).output(0).unwrap()).users().len()).collect::<Vec<_>>()
+        };
+        let readers: Vec<_> = graph.nodes().filter(|(_, n)| n.op() == "Erf").map(|(_, n)| product_of(n)).collect();
+        assert_eq!(readers, [[1, 1], [1, 1]], "{name}: readers of u a, forward and backward");
+    }
+}
+
 /// Between the linear layers only Erf, Add and Mul remain of GELU, whichever way the exporter wrote it.
 #[test]
 fn gelu_loses_its_scales() {

@@ -9,7 +9,7 @@ use super::trainer::State;
 use super::{SearchError, rundir};
 use crate::graph::Id;
 use crate::supernet::{GateInput, Param};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -108,22 +108,51 @@ pub(super) fn encode<'a>(
     safetensors::serialize(views, Some(meta)).map_err(|e| SearchError::internal(e.to_string()))
 }
 
-impl Checkpoint {
-    fn to_bytes(&self) -> Result<Vec<u8>, SearchError> {
-        let meta = serde_json::to_string(&self.meta).map_err(|e| SearchError::internal(e.to_string()))?;
-        encode(self.state.iter().map(|(name, (dims, values))| (name.as_str(), &dims[..], &values[..])), meta)
-    }
-
-    /// Writes it as the newest of a run directory.
-    pub(super) fn write(&self, run_dir: &Path) -> Result<(), SearchError> {
-        let temporary = rundir::temporary(run_dir, &self.to_bytes()?)?;
-        let (new, old) = (run_dir.join(FILE), run_dir.join(OLD));
-        if new.exists() {
-            std::fs::rename(&new, &old).map_err(|source| SearchError::Io { file: old, source })?;
+/// Writes the newest checkpoint of a run directory: of each of `tensors`, shapes by name, what `read` gives. One tensor at a time
+/// is in memory, since the state as a whole is three times the weights.
+pub(super) fn write(
+    run_dir: &Path,
+    meta: &Meta,
+    tensors: &BTreeMap<String, Vec<usize>>,
+    read: &dyn Fn(&str) -> Result<Vec<f32>, SearchError>,
+) -> Result<(), SearchError> {
+    let header = header(meta, tensors)?;
+    let temporary = rundir::temporary(run_dir, |out| {
+        out.write_all(&header)?;
+        for (name, dims) in tensors {
+            let values = read(name)?;
+            if values.len() != dims.iter().product::<usize>() {
+                return Err(SearchError::internal(format!("'{name}' has {} elements, expected {dims:?}", values.len())).into());
+            }
+            out.write_all(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())?;
         }
-        rundir::put(temporary, &new)
+        Ok(())
+    })?;
+    let (new, old) = (run_dir.join(FILE), run_dir.join(OLD));
+    if new.exists() {
+        std::fs::rename(&new, &old).map_err(|source| SearchError::Io { file: old, source })?;
     }
+    rundir::put(temporary, &new)
+}
 
+/// What stands before the data: its length as 8 bytes, then JSON, filled with blanks so that the data is aligned.
+fn header(meta: &Meta, tensors: &BTreeMap<String, Vec<usize>>) -> Result<Vec<u8>, SearchError> {
+    let meta = serde_json::to_string(meta).map_err(|e| SearchError::internal(e.to_string()))?;
+    let mut at = 0;
+    let info = |(name, dims): (&String, &Vec<usize>)| {
+        let end = at + 4 * dims.iter().product::<usize>();
+        let data_offsets = (std::mem::replace(&mut at, end), end);
+        (name.clone(), TensorInfo { dtype: Dtype::F32, shape: dims.clone(), data_offsets })
+    };
+    let infos = tensors.iter().map(info).collect();
+    let metadata = Metadata::new(Some(HashMap::from([(KEY.to_string(), meta)])), infos);
+    let metadata = metadata.map_err(|e| SearchError::internal(e.to_string()))?;
+    let mut json = serde_json::to_vec(&metadata).map_err(|e| SearchError::internal(e.to_string()))?;
+    json.resize(json.len().next_multiple_of(8), b' ');
+    Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
+}
+
+impl Checkpoint {
     /// Reads the newest of a run directory; `None` where there is none.
     ///
     /// Errors: [`SearchError::Damaged`], [`SearchError::Newer`], [`SearchError::InvalidGates`].
@@ -238,20 +267,45 @@ mod tests {
         Checkpoint { meta, state: State::from([("gate.mlp.0".to_string(), (vec![2], vec![0.5, 0.0]))]) }
     }
 
+    fn written(checkpoint: &Checkpoint) -> Vec<u8> {
+        let dir = tempfile::tempdir().expect("a folder");
+        let tensors = checkpoint.state.iter().map(|(name, (dims, _))| (name.clone(), dims.clone())).collect();
+        write(dir.path(), &checkpoint.meta, &tensors, &|name| Ok(checkpoint.state[name].1.clone())).expect("it can be written");
+        std::fs::read(dir.path().join(FILE)).expect("it is there")
+    }
+
     fn read(bytes: &[u8]) -> Result<Checkpoint, SearchError> {
         Checkpoint::from_bytes(bytes, Path::new("c"))
     }
 
     #[test]
     fn a_checkpoint_survives_its_file_and_gives_equal_bytes() {
-        let bytes = sample().to_bytes().expect("it can be written");
+        let bytes = written(&sample());
         assert_eq!(read(&bytes).expect("it can be read"), sample());
-        assert_eq!(bytes, sample().to_bytes().expect("it can be written"));
+        assert_eq!(bytes, written(&sample()));
+    }
+
+    #[test]
+    fn a_checkpoint_is_as_safetensors_writes_it() {
+        let mut checkpoint = sample();
+        checkpoint.state.insert("param.w".into(), (vec![2, 1], vec![1.5, -2.0]));
+        let tensors = checkpoint.state.iter().map(|(name, (dims, values))| (name.as_str(), &dims[..], &values[..]));
+        let meta = serde_json::to_string(&checkpoint.meta).expect("it is plain data");
+        assert_eq!(written(&checkpoint), encode(tensors, meta).expect("it can be written"));
+    }
+
+    #[test]
+    fn what_cannot_be_read_leaves_no_checkpoint() {
+        let (dir, sample) = (tempfile::tempdir().expect("a folder"), sample());
+        let tensors = BTreeMap::from([("gate.mlp.0".to_string(), vec![2])]);
+        assert!(write(dir.path(), &sample.meta, &tensors, &|_| Err(SearchError::internal("lost"))).is_err());
+        assert!(write(dir.path(), &sample.meta, &tensors, &|_| Ok(vec![1.0])).is_err_and(|e| e.to_string().contains("[2]")));
+        assert_eq!(std::fs::read_dir(dir.path()).expect("it is there").count(), 0);
     }
 
     #[test]
     fn damage_of_every_kind_is_reported() {
-        let bytes = sample().to_bytes().expect("it can be written");
+        let bytes = written(&sample());
         for cut in [0, 4, 8, 100, bytes.len() - 1] {
             assert!(matches!(read(&bytes[..cut]), Err(SearchError::Damaged { .. })), "cut at {cut}");
         }
@@ -267,12 +321,12 @@ mod tests {
         let mut later = sample();
         later.meta.schema_version = SCHEMA + 1;
         later.meta.vitrim = "9.0".into();
-        let error = read(&later.to_bytes().expect("written")).expect_err("it is newer");
+        let error = read(&written(&later)).expect_err("it is newer");
         assert!(error.to_string().contains("written by vitrim 9.0 (schema 2), this is"), "{error}");
         for bad in [f32::NAN, -0.5, f32::INFINITY] {
             let mut wrong = sample();
             wrong.state.insert("gate.mlp.0".into(), (vec![2], vec![1.0, bad]));
-            let error = read(&wrong.to_bytes().expect("written")).expect_err("gates are not that");
+            let error = read(&written(&wrong)).expect_err("gates are not that");
             assert!(error.to_string().contains("holds invalid mask values"), "{error}");
         }
     }

@@ -453,10 +453,6 @@ impl Search<'_> {
     }
 
     fn save(&self, finished: bool) -> Result<(), SearchError> {
-        let state = self.trainer.state()?;
-        if state.values().any(|(_, values)| values.iter().any(|v| !v.is_finite())) {
-            return Err(self.not_finite(self.position.step, "new weights"));
-        }
         let meta = Meta {
             schema_version: checkpoint::SCHEMA,
             vitrim: env!("CARGO_PKG_VERSION").to_string(),
@@ -468,7 +464,11 @@ impl Search<'_> {
             gates: self.trainer.gates.iter().map(Into::into).collect(),
             params: self.trainer.params.iter().map(Into::into).collect(),
         };
-        Checkpoint { meta, state }.write(&self.dir.path)
+        checkpoint::write(&self.dir.path, &meta, &self.trainer.kept(), &|name| {
+            let values = self.trainer.read(name)?;
+            let is_finite = values.iter().all(|v| v.is_finite());
+            if is_finite { Ok(values) } else { Err(self.not_finite(self.position.step, "new weights")) }
+        })
     }
 
     /// The gates at the end of an epoch, by group.

@@ -68,7 +68,8 @@ impl RunDir {
 
     /// Writes the effective settings.
     pub(super) fn write_config(&self, config: &Config) -> Result<(), SearchError> {
-        put(temporary(&self.path, config.to_toml()?.as_bytes())?, &self.path.join(CONFIG))
+        let text = config.to_toml()?;
+        put(temporary(&self.path, |out| Ok(out.write_all(text.as_bytes())?))?, &self.path.join(CONFIG))
     }
 
     /// Opens the log behind the lines of the first `steps` steps; what a killed run wrote after its checkpoint goes.
@@ -100,7 +101,7 @@ impl RunDir {
     pub(super) fn write_gates(&self, epoch: u64, bytes: &[u8]) -> Result<(), SearchError> {
         let folder = self.path.join(GATES);
         fs::create_dir_all(&folder).map_err(io(&folder))?;
-        put(temporary(&folder, bytes)?, &folder.join(format!("epoch-{epoch:03}.safetensors")))
+        put(temporary(&folder, |out| Ok(out.write_all(bytes)?))?, &folder.join(format!("epoch-{epoch:03}.safetensors")))
     }
 }
 
@@ -173,11 +174,36 @@ fn date(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{:02}T{:02}:{:02}:{:02}Z", days + 1, rest / 3600, rest / 60 % 60, rest % 60)
 }
 
+/// What can go wrong while the content of a file is made: the file, or the content.
+pub(super) enum WriteFault {
+    File(std::io::Error),
+    Content(SearchError),
+}
+
+impl From<std::io::Error> for WriteFault {
+    fn from(error: std::io::Error) -> Self {
+        Self::File(error)
+    }
+}
+
+impl From<SearchError> for WriteFault {
+    fn from(error: SearchError) -> Self {
+        Self::Content(error)
+    }
+}
+
 /// A complete temporary file in a folder, on the disk.
-pub(super) fn temporary(folder: &Path, bytes: &[u8]) -> Result<NamedTempFile, SearchError> {
+pub(super) fn temporary(
+    folder: &Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), WriteFault>,
+) -> Result<NamedTempFile, SearchError> {
     let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(io(folder))?;
-    file.write_all(bytes).and_then(|()| file.as_file().sync_all()).map_err(io(file.path()))?;
-    Ok(file)
+    let written = write(&mut file).and_then(|()| Ok(file.as_file().sync_all()?));
+    match written {
+        Ok(()) => Ok(file),
+        Err(WriteFault::File(error)) => Err(io(file.path())(error)),
+        Err(WriteFault::Content(error)) => Err(error),
+    }
 }
 
 /// Gives a temporary file its name, for good.

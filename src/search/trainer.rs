@@ -91,29 +91,28 @@ fn scalar(value: f64) -> Array {
 impl Trainer {
     /// Opens the graph with its first state, or with `from` where a run goes on.
     pub(crate) fn new(
-        graph: StepGraph,
+        mut graph: StepGraph,
         options: &SessionOptions,
         teacher: Option<Teacher>,
         mut from: Option<State>,
     ) -> Result<Self, SearchError> {
         let mut specs = Vec::with_capacity(graph.state.len());
-        for t in &graph.state {
+        for t in &mut graph.state {
             let saved = from.as_mut().filter(|_| t.kept).map(|state| {
                 let found = state.remove(&t.name).filter(|(dims, _)| *dims == t.dims);
                 found.ok_or_else(|| SearchError::internal(format!("the checkpoint has no '{}' {:?}", t.name, t.dims)))
             });
+            // Taken, not copied: the session is to hold the only one.
+            let first = t.initial.take();
             let values = match saved {
                 Some(saved) => saved?.1,
-                None => t.initial.clone().unwrap_or_else(|| vec![0.0; t.dims.iter().product()]),
+                None => first.unwrap_or_else(|| vec![0.0; t.dims.iter().product()]),
             };
             let initial = Array { dims: t.dims.clone(), data: ArrayData::F32(values) };
             specs.push(StateSpec { input: t.name.clone(), output: t.changes.then(|| format!("next.{}", t.name)), initial });
         }
         let bound = BoundSession::new(&graph.bytes, options, specs, &graph.fetch)?;
-        let StepGraph { bytes: _, mut state, gates, params, fetch, accumulate, targets, has_labels } = graph;
-        for t in &mut state {
-            t.initial = None;
-        }
+        let StepGraph { bytes: _, state, gates, params, fetch, accumulate, targets, has_labels } = graph;
         Ok(Self { bound, teacher, state, gates, params, fetch, accumulate, targets, has_labels })
     }
 
@@ -174,10 +173,9 @@ impl Trainer {
         Ok(self.bound.read_state(name)?.as_f32())
     }
 
-    /// All of the state that a checkpoint holds.
-    pub(crate) fn state(&self) -> Result<State, SearchError> {
-        let kept = self.state.iter().filter(|t| t.kept);
-        kept.map(|t| Ok((t.name.clone(), (t.dims.clone(), self.read(&t.name)?)))).collect()
+    /// Shapes of what a checkpoint holds, by name.
+    pub(crate) fn kept(&self) -> BTreeMap<String, Vec<usize>> {
+        self.state.iter().filter(|t| t.kept).map(|t| (t.name.clone(), t.dims.clone())).collect()
     }
 
     /// Whether a moving average of this gate or weight is kept.

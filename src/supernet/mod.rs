@@ -172,10 +172,12 @@ pub fn build(
     let total = add_l1(&mut graph, &gates, nodes.loss, &mut inputs)?;
     inputs.extend(gates.inputs.iter().map(|g| (g.value, Role::Gate)));
     inputs.extend(params.iter().map(|p| (p.value, Role::Param)));
+    let forward = graph.order().to_vec();
     let trained = gradients(&mut graph, &gates, &params, total, options)?;
     if trained.is_empty() {
         return Err(SupernetError::NothingToTrain);
     }
+    rewrite::recompute_gelu(&mut graph, &forward);
     finish(&mut graph, trained, total, &mut inputs, options)?;
     rewrite::factor_out(&mut graph);
     Ok(Supernet {
