@@ -114,7 +114,7 @@ fn finetune(s: &Settings, model: &Path, out: &Path, seed: &str) -> Quality {
 fn eval(model: &Path) -> Quality {
     let text = vitrim(&["eval", path(model), "--data", TEST, "--against", MODEL, "--json", "-q"]);
     let v: Value = serde_json::from_str(&text).unwrap();
-    (100.0 * v["accuracy"]["top1"].as_f64().unwrap(), v["kl"].as_f64().unwrap())
+    (100.0 * v["top1"]["share"].as_f64().unwrap(), v["kl"].as_f64().unwrap())
 }
 
 fn path(p: &Path) -> &str {
