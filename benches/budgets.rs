@@ -62,7 +62,24 @@ fn one_seed(s: &Settings, seed: u64, table: &mut Table) {
     let text = seed.to_string();
     eprintln!("seed {seed}: search");
     vitrim(
-        &[&["search", MODEL, "--data", TRAIN, "--epochs", &s.epochs, "--seed", &text, "-q", "--run"], &[path(&run)][..]].concat(),
+        &[
+            &[
+                "search",
+                MODEL,
+                "--data",
+                TRAIN,
+                "--gates",
+                "mlp,qk,vo,token",
+                "--epochs",
+                &s.epochs,
+                "--seed",
+                &text,
+                "-q",
+                "--run",
+            ],
+            &[path(&run)][..],
+        ]
+        .concat(),
     );
     let mut keep = |source: &str, budget: &str, stage, quality| {
         table.entry((source.to_string(), budget.to_string(), stage)).or_default().push(quality);
