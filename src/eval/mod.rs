@@ -3,8 +3,8 @@
 //! Example: 1,965 of 2,000 digits right are 98.25 % with the interval 97.58 % to 98.74 % (Wilson, 95 %).
 //! In: a session of the model, perhaps one of a reference, and data. Out: [`Evaluation`], numbers only.
 
-use crate::data::{self, Array, ArrayKind, Batch, BatchOrder, DataError, Dataset};
-use crate::graph::{DType, DeclaredDim, Graph};
+use crate::data::{self, Array, Batch, BatchOrder, DataError, Dataset};
+use crate::graph::{DeclaredDim, Graph};
 use crate::runtime::{self, Session};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -212,18 +212,7 @@ pub fn data_inputs(graph: &Graph) -> Vec<data::InputSpec> {
     let inputs = graph.inputs().iter().filter_map(|v| {
         let value = graph.value(*v);
         let declared = value.declared()?;
-        let kind = match declared.dtype? {
-            DType::F32 => ArrayKind::F32,
-            DType::F16 => ArrayKind::F16,
-            DType::BF16 => ArrayKind::BF16,
-            DType::F64 => ArrayKind::F64,
-            DType::I64 => ArrayKind::I64,
-            DType::I32 => ArrayKind::I32,
-            DType::U8 => ArrayKind::U8,
-            DType::I8 => ArrayKind::I8,
-            DType::Bool => ArrayKind::Bool,
-            _ => return None,
-        };
+        let kind = runtime::kind_of(declared.dtype?)?;
         let size = |d: &DeclaredDim| match d {
             DeclaredDim::Size(n) => usize::try_from(*n).ok(),
             DeclaredDim::Symbol(_) => None,

@@ -74,8 +74,6 @@ struct Ladder<'a> {
     group: &'a Group,
     /// Steps in the order of removal: units that go, and their score.
     steps: Vec<(Vec<usize>, f64)>,
-    /// Positions of the class that one step removes of each head.
-    per_step: usize,
 }
 
 /// Chooses the units that stay.
@@ -139,7 +137,7 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
             (rows.iter().flat_map(|r| r[n].1.iter().copied()).collect(), score)
         })
         .collect();
-    Ok(Ladder { group, steps, per_step: 1 })
+    Ok(Ladder { group, steps })
 }
 
 impl Ladder<'_> {
@@ -201,7 +199,7 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
         .iter()
         .zip(counts)
         .filter(|(l, _)| l.group.kind != Kind::Token)
-        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n * l.per_step))
+        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n))
         .collect();
     let tokens: BTreeMap<usize, usize> = ladders
         .iter()

@@ -20,7 +20,8 @@ mod train;
 
 use std::fmt;
 
-use crate::data::array::Array;
+use crate::data::array::{Array, ArrayKind};
+use crate::graph::DType;
 pub use error::{Error, Looked};
 pub use install::{InstallOptions, Progress, find_or_install, install, library_sha256};
 pub use library::{Found, LibraryChoice, LibrarySource, Surroundings, find, search};
@@ -116,6 +117,22 @@ pub struct SessionOptions {
     pub device: Device,
     /// Which ONNX Runtime. The first session of a process decides for all.
     pub library: LibraryChoice,
+}
+
+/// The kind of array that a type is fed as.
+pub fn kind_of(dtype: DType) -> Option<ArrayKind> {
+    Some(match dtype {
+        DType::F32 => ArrayKind::F32,
+        DType::F16 => ArrayKind::F16,
+        DType::BF16 => ArrayKind::BF16,
+        DType::F64 => ArrayKind::F64,
+        DType::I64 => ArrayKind::I64,
+        DType::I32 => ArrayKind::I32,
+        DType::U8 => ArrayKind::U8,
+        DType::I8 => ArrayKind::I8,
+        DType::Bool => ArrayKind::Bool,
+        _ => return None,
+    })
 }
 
 /// A model ready to run.

@@ -6,10 +6,11 @@
 
 use super::cutset::{CutSet, Stays};
 use super::refit::{RefitCx, RefitError};
+use super::shapes::gather;
 use crate::axes::CarrierId;
 use crate::axes::relation::Slot;
-use crate::graph::build::{Builder, attr};
-use crate::graph::{AttrValue, Graph, Id, NewNode, NodeId, Use, ValueId};
+use crate::graph::build::Builder;
+use crate::graph::{Graph, Id, NewNode, NodeId, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops::{self, Refit};
 use std::collections::{BTreeMap, BTreeSet};
@@ -195,15 +196,9 @@ impl<'a> Brancher<'a> {
     /// Positions of an axis at run time: a Slice where they are a run, else a Gather.
     fn take(&mut self, v: ValueId, axis: usize, positions: &[usize]) -> ValueId {
         let run = positions.windows(2).all(|w| w[1] == w[0] + 1);
+        let Some(first) = positions.first().filter(|_| run) else { return gather(self.graph, v, axis, positions, "part") };
         let name = self.graph.value(v).name().to_string();
         let mut b = Builder::new(self.graph, &format!("{name}_part."));
-        match (run, positions.first()) {
-            (true, Some(first)) => b.slice(v, &[*first as i64], &[(*first + positions.len()) as i64], &[axis as i64]),
-            _ => {
-                let index: Vec<i64> = positions.iter().map(|p| *p as i64).collect();
-                let index = b.ints(&index);
-                b.op("Gather", &[v, index], vec![attr("axis", AttrValue::Int(axis as i64))])
-            }
-        }
+        b.slice(v, &[*first as i64], &[(*first + positions.len()) as i64], &[axis as i64])
     }
 }

@@ -51,7 +51,7 @@ pub(super) fn cut(graph: &mut Graph, needs: BTreeMap<ValueId, Vec<(Use, Keeps)>>
         let name = graph.value(v).name().to_string();
         let Some(tensor) = graph.constant(v) else {
             for (at, keeps) in readers.into_iter().filter(|(_, k)| !k.is_empty()) {
-                let narrowed = keeps.iter().fold(v, |v, (axis, kept)| gather(graph, v, *axis, kept));
+                let narrowed = keeps.iter().fold(v, |v, (axis, kept)| gather(graph, v, *axis, kept, "cut"));
                 graph.set_input(at, Some(narrowed));
             }
             continue;

@@ -215,11 +215,11 @@ fn patched_constant(t: &Tensor, entries: &[(usize, i64)]) -> Tensor {
     Tensor { bytes: bytes.into(), ..t.clone() }
 }
 
-/// A Gather of constant positions, for what no constant can be cut for.
-pub(super) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[usize]) -> ValueId {
+/// A Gather of constant positions, for what no constant can be cut for; its values are named after `v` and `suffix`.
+pub(super) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[usize], suffix: &str) -> ValueId {
     let name = graph.value(v).name().to_string();
     let index: Vec<i64> = positions.iter().map(|p| *p as i64).collect();
-    let mut b = Builder::new(graph, &format!("{name}_cut."));
+    let mut b = Builder::new(graph, &format!("{name}_{suffix}."));
     let index = b.ints(&index);
     b.op("Gather", &[v, index], vec![attr("axis", AttrValue::Int(axis as i64))])
 }

@@ -88,7 +88,7 @@ fn gather_sites(out: &mut Graph, sites: &[(&TokenSite, BTreeSet<usize>)]) {
         };
         let positions: Vec<usize> = (0..there.len()).filter(|i| kept.contains(&there[*i])).collect();
         let users = out.value(site.value).users().to_vec();
-        let gathered = shapes::gather(out, site.value, site.axis, &positions);
+        let gathered = shapes::gather(out, site.value, site.axis, &positions, "cut");
         for at in users {
             if at.slot < out.node(at.node).inputs().len() {
                 out.set_input(at, Some(gathered));

@@ -18,6 +18,7 @@ use crate::data::Batch;
 use crate::data::array::{Array, ArrayData, ArrayKind};
 use crate::graph::{DType, Graph, ValueId};
 use crate::infer::{Dim, Facts};
+use crate::runtime;
 use crate::verify::bounds;
 
 /// Named inputs of one run.
@@ -169,7 +170,7 @@ impl Plan<'_> {
         numbers: &mut Numbers,
     ) -> Result<ArrayData, FeedError> {
         let dtype = self.facts.get(input).dtype;
-        let Some(kind) = dtype.and_then(kind_of) else {
+        let Some(kind) = dtype.and_then(runtime::kind_of) else {
             let input = self.graph.value(input).name().to_string();
             return Err(FeedError::Type { input, dtype: dtype.map_or("unknown", DType::name) });
         };
@@ -314,22 +315,6 @@ fn first_samples(batch: &Batch, count: usize) -> Option<Feeds> {
         Some(Array { dims, data: array.data.window(0, count * size)? })
     };
     batch.inputs.iter().map(|(name, array)| Some((name.clone(), first(array)?))).collect()
-}
-
-/// The kind of array that a type is fed as.
-pub fn kind_of(dtype: DType) -> Option<ArrayKind> {
-    Some(match dtype {
-        DType::F32 => ArrayKind::F32,
-        DType::F16 => ArrayKind::F16,
-        DType::BF16 => ArrayKind::BF16,
-        DType::F64 => ArrayKind::F64,
-        DType::I64 => ArrayKind::I64,
-        DType::I32 => ArrayKind::I32,
-        DType::U8 => ArrayKind::U8,
-        DType::I8 => ArrayKind::I8,
-        DType::Bool => ArrayKind::Bool,
-        _ => return None,
-    })
 }
 
 /// A stream of random numbers for one input of one run.
