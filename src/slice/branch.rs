@@ -45,7 +45,8 @@ impl<'a> Brancher<'a> {
 
     /// Replaces every value that is picked from a ragged one.
     pub(super) fn run(&mut self) -> Result<(), RefitError> {
-        for (id, node) in self.original.nodes() {
+        let alive: BTreeSet<NodeId> = self.graph.order().iter().copied().collect();
+        for (id, node) in self.original.nodes().filter(|(id, _)| alive.contains(id)) {
             let Some(slot) = (0..node.inputs().len()).find(|s| self.is_ragged(id, Slot::In(*s))) else { continue };
             let input = self.axes.carrier_at(self.graph, id, Slot::In(slot)).expect("found above");
             for (n, out) in node.outputs().iter().enumerate() {

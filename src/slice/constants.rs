@@ -5,8 +5,8 @@ use super::shapes::gather;
 use super::{Cloned, TensorCut};
 use crate::axes::Axes;
 use crate::axes::relation::Slot;
-use crate::graph::{Graph, Id, Tensor, Use, ValueId};
-use std::collections::BTreeMap;
+use crate::graph::{Graph, Id, NodeId, Tensor, Use, ValueId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Axis -> positions that stay.
 pub(super) type Keeps = BTreeMap<usize, Vec<usize>>;
@@ -36,6 +36,24 @@ pub(super) fn needs(graph: &Graph, axes: &Axes, cut: &CutSet<'_>) -> BTreeMap<Va
     }
     needs.retain(|_, readers| readers.iter().any(|(_, k)| !k.is_empty()));
     needs
+}
+
+/// Forgets readers that `out` does not have any more. Constants that lost all of their readers are told as cut by what these lost,
+/// where that was the same for all.
+pub(super) fn drop_dead(graph: &Graph, out: &Graph, needs: &mut BTreeMap<ValueId, Vec<(Use, Keeps)>>) -> Vec<TensorCut> {
+    let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
+    let mut cuts = Vec::new();
+    needs.retain(|v, readers| {
+        if readers.iter().any(|(at, _)| alive.contains(&at.node)) {
+            readers.retain(|(at, _)| alive.contains(&at.node));
+        } else if let Some(tensor) = graph.constant(*v).filter(|_| is_common(graph, *v, readers)) {
+            let name = graph.value(*v).name();
+            cuts.extend(readers[0].1.iter().map(|(axis, kept)| tensor_cut(name, &tensor, *axis, kept)));
+            return false;
+        }
+        readers.iter().any(|(at, keeps)| alive.contains(&at.node) && !keeps.is_empty())
+    });
+    cuts
 }
 
 /// Whether all readers of a constant lose the same, so that it can be cut itself.

@@ -47,9 +47,24 @@ pub enum CutError {
         /// Number in another.
         other: usize,
     },
-    /// Nothing would be left.
-    #[error("plan keeps nothing of group '{0}'")]
-    Emptied(String),
+    /// A group loses everything, and a node cannot do without it.
+    #[error("plan keeps nothing of group '{group}', and node {node} ({op}) cannot do without it: {why}")]
+    Needed {
+        /// The group.
+        group: String,
+        /// The node.
+        node: String,
+        /// Its operator.
+        op: String,
+        /// What it needs.
+        why: String,
+    },
+    /// Without the layers that lose all units there is no place to shorten the sequence.
+    #[error("the tokens of group '{0}' cannot go: beside the units that the plan removes no attention layer is left to shorten them at")]
+    NoSite(String),
+    /// A sequence of no tokens.
+    #[error("plan keeps no token of group '{0}'")]
+    NoToken(String),
 }
 
 /// What stays of an axis.
@@ -88,6 +103,10 @@ impl<'a> CutSet<'a> {
         for (id, units) in kept {
             let group = anatomy.groups.iter().find(|g| g.id == *id).ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
             let gone = gone_of(group, units)?;
+            let is_pinned = |g: &Group| anatomy.tokens.iter().any(|s| s.layer == g.layer && !s.pinned.is_empty());
+            if group.kind == Kind::Token && units.is_empty() && !is_pinned(group) {
+                return Err(CutError::NoToken(id.clone()));
+            }
             if !gone.is_empty() && group.kind != Kind::Token {
                 removals.push(Removal { group, gone });
             }
@@ -119,11 +138,18 @@ impl<'a> CutSet<'a> {
                     Some(_) => {}
                 }
             }
-            if count == Some(0) {
-                return Err(CutError::Emptied(r.group.id.clone()));
-            }
         }
         Ok(())
+    }
+
+    /// Groups of which nothing is left, in the order of the plan.
+    pub fn emptied(&self) -> Vec<&'a Group> {
+        let size = |r: &Removal<'_>| self.anatomy.axes.classes()[r.group.leaf].size.unwrap_or(0);
+        let is_row_empty = |r: &Removal<'_>, row: usize| r.gone.range((row, 0)..(row + 1, 0)).count() == size(r);
+        let is_empty = |r: &&Removal<'a>| {
+            (0..r.group.nest_count()).all(|row| is_row_empty(r, row) || self.row_is_gone(r.group, row))
+        };
+        self.removals.iter().filter(is_empty).map(|r| r.group).collect()
     }
 
     /// Whether a head that the group's units are nested in is removed as a whole.
@@ -220,6 +246,11 @@ impl<'a> CutSet<'a> {
         Some((kept, region.positions))
     }
 
+    /// Whether nothing is left of an axis.
+    pub fn is_emptied(&self, at: AxisOf) -> bool {
+        matches!(self.stays(at), Stays::Positions(p) if p.is_empty())
+    }
+
     /// Number of cases of a carrier.
     pub fn case_count(&self, carrier: CarrierId) -> usize {
         self.anatomy.axes.case_count(carrier)
@@ -246,9 +277,6 @@ fn gone_of(group: &Group, kept: &[usize]) -> Result<BTreeSet<(usize, usize)>, Cu
                 gone.insert((unit / width, group.stored[unit % width]));
             }
         }
-    }
-    if stays.is_empty() {
-        return Err(CutError::Emptied(group.id.clone()));
     }
     Ok(gone)
 }

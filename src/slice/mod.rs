@@ -9,12 +9,13 @@
 mod branch;
 mod constants;
 pub mod cutset;
+mod empty;
 pub mod refit;
 mod shapes;
 mod tokens;
 pub mod twin;
 
-use crate::anatomy::{Anatomy, Kind};
+use crate::anatomy::Anatomy;
 use crate::axes::CarrierId;
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, Id, NodeId, Use, ValueId, check};
@@ -103,23 +104,70 @@ pub enum SliceError {
     Invariant(String),
 }
 
-/// Removes all units that are not kept. Groups that `kept` does not name stay whole. Tokens go first: the shorter graph is then
-/// analysed again by `analyse`, which gives its facts and anatomy.
+/// Removes all units that are not kept. Groups that `kept` does not name stay whole. Units go first; the graph without them is then
+/// analysed again by `analyse`, which finds in it the places where the sequence is shortened.
 pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analyse: &Analyse<'_>) -> Result<Sliced, SliceError> {
     let sites = tokens::kept_tokens(anatomy, kept);
+    let sliced = cut_units(graph, facts, anatomy, kept)?;
     if sites.is_empty() {
-        return cut_units(graph, facts, anatomy, kept);
+        return Ok(sliced);
     }
-    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, &sites)?;
-    let (facts, anatomy) = analyse(&shorter)?;
-    let left: Kept =
-        kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
-    let mut sliced = cut_units(&shorter, &facts, &anatomy, &left)?;
-    cuts.append(&mut sliced.cuts);
-    cloned.append(&mut sliced.cloned);
-    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
-    let new = sliced.graph.order().iter().filter(|id| !before.contains(id)).map(|id| sliced.graph.label(*id)).collect();
-    Ok(Sliced { cuts, cloned, nodes: NodeChanges { added: new, ..sliced.nodes }, ..sliced })
+    let (facts, found) = analyse(&sliced.graph)?;
+    let sites = tokens::find_again(anatomy, &found, &sites)?;
+    let (shorter, cuts, cloned) = tokens::cut(&sliced.graph, &facts, &sites)?;
+    let mut out = Sliced { graph: shorter, nodes: NodeChanges::default(), ..sliced };
+    out.add(cuts, cloned);
+    out.nodes = node_changes(graph, &out.graph);
+    Ok(out)
+}
+
+impl Sliced {
+    /// Adds what a second cut did, in the names of the original.
+    fn add(&mut self, cuts: Vec<TensorCut>, cloned: Vec<Cloned>) {
+        let source = |name: &str, known: &[Cloned]| known.iter().find(|c| c.user == name).map(|c| c.initializer.clone());
+        for cut in cuts {
+            match source(&cut.initializer, &self.cloned) {
+                None => self.cuts.push(cut),
+                Some(initializer) => {
+                    let TensorCut { initializer: user, axis, removed, of } = cut;
+                    self.cloned.push(Cloned { initializer, axis, user, removed, of });
+                }
+            }
+        }
+        for copy in cloned {
+            if let Some(initializer) = source(&copy.initializer, &self.cloned) {
+                // What the first copy lost, the second one lacks too.
+                let first = self.cloned.iter().filter(|c| c.user == copy.initializer);
+                let lost: Vec<Cloned> = first.map(|c| Cloned { user: copy.user.clone(), ..c.clone() }).collect();
+                self.cloned.extend(lost.into_iter().filter(|c| c.axis != copy.axis));
+                self.cloned.push(Cloned { initializer, ..copy });
+            } else {
+                let cut_first = self.cuts.iter().filter(|c| c.initializer == copy.initializer && c.axis != copy.axis);
+                let lost = cut_first.map(|c| Cloned {
+                    initializer: c.initializer.clone(),
+                    axis: c.axis,
+                    user: copy.user.clone(),
+                    removed: c.removed.clone(),
+                    of: c.of,
+                });
+                self.cloned.extend(lost.collect::<Vec<_>>());
+                self.cloned.push(copy);
+            }
+        }
+        let graph = &self.graph;
+        self.cloned.retain(|c| graph.find(&c.user).is_some_and(|v| graph.is_constant(v)));
+        self.cloned.dedup();
+    }
+}
+
+/// Nodes of the original that are gone, and nodes that it does not have.
+fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
+    let (before, after): (BTreeSet<NodeId>, BTreeSet<NodeId>) =
+        (old.order().iter().copied().collect(), new.order().iter().copied().collect());
+    NodeChanges {
+        removed: old.order().iter().filter(|id| !after.contains(id)).map(|id| old.label(*id)).collect(),
+        added: new.order().iter().filter(|id| !before.contains(id)).map(|id| new.label(*id)).collect(),
+    }
 }
 
 /// Facts and anatomy of a graph: what the stages before this one find.
@@ -129,15 +177,28 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let cut = CutSet::new(anatomy, kept)?;
     let stays = stays_of(&cut);
     let ragged: BTreeSet<CarrierId> = stays.iter().filter(|(_, s)| **s == Stays::Ragged).map(|((c, _), _)| *c).collect();
-    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
     let unused = unused_values(graph);
-    let needs = constants::needs(graph, &anatomy.axes, &cut);
+    let keeps_unused = |g: &Graph, v: ValueId| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty();
+    let mut needs = constants::needs(graph, &anatomy.axes, &cut);
     let mut out = graph.clone();
 
     let new_size = |v: ValueId, axis: usize| match stays.get(&(v.index(), axis)) {
         Some(Stays::Positions(p)) => Some(p.len()),
         _ => None,
     };
+    let new_shape = |v: ValueId| {
+        let old = facts.shape(v)?.iter().enumerate();
+        Some(old.map(|(axis, d)| new_size(v, axis).map_or(d.clone(), infer::Dim::from)).collect::<Vec<_>>())
+    };
+    let detached = empty::detach(&mut out, facts, &anatomy.axes, &cut)?;
+    let is_emptied = !detached.is_empty();
+    if is_emptied {
+        out.remove_dead(&keeps_unused);
+        empty::read_no_sizes(&mut out, graph, facts, &anatomy.axes, &cut)?;
+        out.remove_dead(&keeps_unused);
+        empty::check_dead(&out, graph, &anatomy.axes, &cut)?;
+    }
+    let mut cuts = constants::drop_dead(graph, &out, &mut needs);
     shapes::freeze(&mut out, facts, &new_size);
     let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
     let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
@@ -146,12 +207,15 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     for (at, entries) in patches {
         shapes::patch(&mut out, facts, at, &entries);
     }
-    let (cuts, cloned) = constants::cut(&mut out, needs);
+    let (own_cuts, cloned) = constants::cut(&mut out, needs);
+    cuts.extend(own_cuts);
     out.sort();
-    let removed = out.remove_dead(&|g, v| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty());
-    let added = out.order().iter().filter(|id| !before.contains(id)).map(|id| out.label(*id)).collect();
-    check_result(&out, facts, &stays, graph.value_count())?;
-    Ok(Sliced { graph: out, cuts, cloned, nodes: NodeChanges { removed, added } })
+    let loose = if is_emptied { empty::settle(&mut out, detached, facts, &cut, &new_shape)? } else { BTreeSet::new() };
+    out.sort();
+    out.remove_dead(&keeps_unused);
+    check_result(&out, facts, &stays, &loose, graph.value_count())?;
+    let nodes = node_changes(graph, &out);
+    Ok(Sliced { graph: out, cuts, cloned, nodes })
 }
 
 /// What stays of each axis that loses positions.
@@ -159,9 +223,9 @@ fn stays_of(cut: &CutSet<'_>) -> BTreeMap<(CarrierId, usize), Stays> {
     cut.touched().into_iter().map(|at| (at, cut.stays(at))).filter(|(_, s)| *s != Stays::Whole).collect()
 }
 
-/// Values that nothing reads in the original: they stay as they are.
+/// Values that nothing reads in the original, no output among them: they stay as they are.
 fn unused_values(graph: &Graph) -> Vec<bool> {
-    graph.values().map(|(_, v)| v.users().is_empty()).collect()
+    graph.values().map(|(id, v)| v.users().is_empty() && !graph.outputs().contains(&id)).collect()
 }
 
 type Patches = Vec<(Use, Vec<(usize, i64)>)>;
@@ -176,8 +240,9 @@ fn refit_nodes(
     ragged: &BTreeSet<CarrierId>,
 ) -> Result<Patches, RefitError> {
     let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
+    let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
     let mut patches = Vec::new();
-    for (id, node) in graph.nodes() {
+    for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id)) {
         let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
         let carriers: Vec<(Slot, CarrierId)> = slots
             .filter_map(|s| anatomy.axes.carrier_at(graph, id, s).map(|c| (s, c)))
@@ -213,6 +278,7 @@ fn check_result(
     out: &Graph,
     facts: &Facts,
     stays: &BTreeMap<(CarrierId, usize), Stays>,
+    loose: &BTreeSet<ValueId>,
     old_count: usize,
 ) -> Result<(), SliceError> {
     // I6 does not hold of a graph whose elements were left out to count only.
@@ -224,7 +290,7 @@ fn check_result(
     for (id, value) in out.values().take(old_count) {
         let made = value.producer().is_some() && !out.is_constant(id);
         let (Some(old), Some(found)) = (facts.shape(id), new.shape(id)) else { continue };
-        if !made || (value.users().is_empty() && !out.outputs().contains(&id)) {
+        if !made || loose.contains(&id) || (value.users().is_empty() && !out.outputs().contains(&id)) {
             continue;
         }
         let expected: Vec<infer::Dim> = old

@@ -223,3 +223,47 @@ pub(super) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[us
     let index = b.ints(&index);
     b.op("Gather", &[v, index], vec![attr("axis", AttrValue::Int(axis as i64))])
 }
+
+/// An integer vector with these sizes at run time: a constant where all are numbers, else joined from the shapes of values that are
+/// there before the node `reader` runs. `shape` gives the shape of a value that may be asked.
+///
+/// Error: the size that no value has.
+pub(super) fn size_vector(
+    graph: &mut Graph,
+    reader: NodeId,
+    sizes: &[Dim],
+    shape: &dyn Fn(&Graph, ValueId) -> Option<Vec<Dim>>,
+) -> Result<ValueId, Dim> {
+    if let Some(numbers) = sizes.iter().map(Dim::known).collect::<Option<Vec<i64>>>() {
+        return Ok(Builder::new(graph, "sizes.").ints(&numbers));
+    }
+    let place = graph.order().iter().position(|id| *id == reader).unwrap_or(0);
+    let made = graph.order()[..place].iter().flat_map(|id| graph.node(*id).outputs().iter().flatten().copied());
+    let candidates: Vec<(ValueId, Vec<Dim>)> =
+        graph.inputs().iter().copied().chain(made).filter_map(|v| Some((v, shape(graph, v)?))).collect();
+    let find = |size: &Dim| candidates.iter().find_map(|(v, dims)| Some((*v, dims.iter().position(|d| d == size)?)));
+    // A multiple of a size that can be read is computed.
+    let multiple = |size: &Dim| {
+        let parts = size.names().into_iter().map(|name| Dim::named(&name));
+        parts.into_iter().find_map(|part| Some((find(&part)?, size.exact_div(&part)?.known()?)))
+    };
+    let sources = sizes.iter().map(|d| match d.known() {
+        Some(n) => Ok((None, n)),
+        None => find(d).map(|at| (at, 1)).or_else(|| multiple(d)).map(|(at, n)| (Some(at), n)).ok_or_else(|| d.clone()),
+    });
+    let sources: Vec<(Option<(ValueId, usize)>, i64)> = sources.collect::<Result<_, _>>()?;
+    let mut b = Builder::new(graph, "sizes.");
+    let mut pieces = Vec::new();
+    for (source, n) in sources {
+        let number = b.ints(&[n]);
+        pieces.push(match source {
+            None => number,
+            Some((v, axis)) => {
+                let (all, at) = (b.shape_of(v), b.ints(&[axis as i64]));
+                let size = b.gather(all, at, 0);
+                if n == 1 { size } else { b.mul(size, number) }
+            }
+        });
+    }
+    Ok(b.concat(&pieces, 0))
+}

@@ -1,6 +1,7 @@
 //! Shortening sequences: a Gather of constant positions on the residual before a block, and everything with a token axis behind it.
 
 use super::constants::{self, Keeps};
+use super::cutset::CutError;
 use super::refit::{RefitCx, RefitError};
 use super::shapes;
 use super::{Cloned, TensorCut};
@@ -27,6 +28,33 @@ pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a Tok
         }
     }
     out
+}
+
+/// The sites in the graph from which units were cut, by the softmax of their layer. Where a layer has no attention any more, its
+/// tokens go at the next site.
+pub(super) fn find_again<'a>(
+    before: &Anatomy,
+    after: &'a Anatomy,
+    sites: &[(&TokenSite, BTreeSet<usize>)],
+) -> Result<Vec<(&'a TokenSite, BTreeSet<usize>)>, CutError> {
+    let softmax = |anatomy: &Anatomy, site: &TokenSite| anatomy.attention.get(site.layer).map(|a| a.softmax);
+    let place = |site: &TokenSite| before.tokens.iter().position(|s| softmax(before, s) == softmax(after, site));
+    let mut found: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
+    for site in &after.tokens {
+        let Some(at) = place(site) else { continue };
+        let due = sites.iter().rev().find(|(s, _)| before.tokens[..=at].iter().any(|b| b.value == s.value));
+        let had = found.last().map_or(site.count, |(_, b)| b.len());
+        if let Some((_, stays)) = due.filter(|(s, stays)| s.count == site.count && stays.len() < had) {
+            found.push((site, stays.clone()));
+        }
+    }
+    match sites.last() {
+        Some((last, stays)) if found.last().is_none_or(|(_, s)| s != stays) => {
+            let group = before.groups.iter().find(|g| g.kind == Kind::Token && g.layer == last.layer);
+            Err(CutError::NoSite(group.map(|g| g.id.clone()).unwrap_or_default()))
+        }
+        _ => Ok(found),
+    }
 }
 
 /// Shortens the sequence at every site that loses tokens.
