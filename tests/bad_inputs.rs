@@ -454,6 +454,7 @@ const CASES: &[Case] = &[
             link(s, "l.onnx", "elsewhere")
         },
     },
+    Case { row: 93, says: "-: standard output is not supported", args: &["augment", "m.onnx", "-o", "-"], make: good },
     Case { row: 94, says: "0 is not in 1..", args: &["eval", "m.onnx", "--data", "d.npz", "--threads", "0"], make: good },
     Case {
         row: 94,
@@ -609,6 +610,50 @@ fn a_model_cut_anywhere_never_panics() {
         let ran = sandbox.run(INSPECT);
         assert!(ran.code == 2 && ran.stderr.lines().count() == 1, "cut at {n}/40: {ran:?}");
     }
+}
+
+/// The command as a user for whom permissions hold: root reads and writes everything, so root lends its right to `nobody`.
+#[cfg(unix)]
+fn as_nobody(sandbox: &Sandbox, args: &[&str]) -> Ran {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitrim"));
+    if std::fs::metadata(sandbox.dir.path()).unwrap().uid() == 0 {
+        // The build folder may lie where nobody can reach it.
+        let binary = sandbox.at("vitrim");
+        if !binary.exists() {
+            std::fs::copy(env!("CARGO_BIN_EXE_vitrim"), &binary).unwrap();
+        }
+        std::fs::set_permissions(sandbox.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        for file in sandbox.files() {
+            chown(sandbox.at(&file), Some(NOBODY), None).unwrap();
+        }
+        command = std::process::Command::new(binary);
+        command.uid(NOBODY);
+    }
+    let out = command.args(args).current_dir(sandbox.dir.path()).stdin(std::process::Stdio::null()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ran { code: out.status.code().unwrap_or(-1), stdout: text(&out.stdout), stderr: text(&out.stderr) }
+}
+
+#[cfg(unix)]
+#[test]
+fn permissions_that_are_missing_are_named() {
+    use std::os::unix::fs::PermissionsExt;
+    let mode = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let sandbox = Sandbox::default();
+    good(&sandbox);
+    std::fs::create_dir(sandbox.at("sealed")).unwrap();
+    mode(&sandbox.at("sealed"), 0o555);
+    // Row 91.
+    let args = ["augment", "m.onnx", "-o", "sealed/out.onnx"];
+    assert_eq!(complaint(&as_nobody(&sandbox, &args), "cannot be written to", false), None);
+    // Row 3.
+    mode(&sandbox.at("m.onnx"), 0o000);
+    assert_eq!(complaint(&as_nobody(&sandbox, INSPECT), "m.onnx: permission denied", false), None);
 }
 
 // ---- what is odd, but no error
