@@ -105,6 +105,77 @@ fn strict_is_negative_only_where_something_is_refused() {
     assert_eq!(sandbox.run(&["inspect", "m.onnx"]).code, 0);
 }
 
+/// `y = softmax(q k^T) v`, where an operator that nobody knows stands between the weights and the product named by `at`.
+fn attention_with_an_unknown_operator(at: &str) -> onnx_proto::ModelProto {
+    let mut model = mlp();
+    let g = graph(&mut model);
+    g.node = vec![
+        node("Q", "MatMul", &["x", "Wq"], &["q"]),
+        node("K", "MatMul", &["x", "Wk"], &["k"]),
+        node("V", "MatMul", &["x", "Wv"], &["v"]),
+        node("U", "Quux", &[at], &["u"]),
+        node("T", "Transpose", &[if at == "k" { "u" } else { "k" }], &["t"]),
+        node("L", "MatMul", &[if at == "q" { "u" } else { "q" }, "t"], &["l"]),
+        node("P", "Softmax", &["l"], &["p"]),
+        node("A", "MatMul", &["p", if at == "v" { "u" } else { "v" }], &["a"]),
+        node("O", "MatMul", &["a", "Wo"], &["y"]),
+    ];
+    g.node[4].attribute = vec![onnx_proto::AttributeProto {
+        name: Some("perm".into()),
+        ints: vec![0, 2, 1],
+        r#type: Some(7),
+        ..Default::default()
+    }];
+    g.initializer = ["Wq", "Wk", "Wv", "Wo"].iter().map(|n| floats(n, &[6, 6], &some(36))).collect();
+    g.input = vec![info("x", &[0, 5, 6])];
+    g.output = vec![info("y", &[0, 5, 6])];
+    model
+}
+
+#[test]
+fn strict_names_the_layer_that_is_refused() {
+    let sandbox = Sandbox::default();
+    for (at, kind) in [("q", "qk"), ("v", "vo")] {
+        sandbox.model("m.onnx", &attention_with_an_unknown_operator(at));
+        let ran = sandbox.run(&["inspect", "m.onnx", "--strict", "--json"]);
+        assert_eq!(ran.code, 1, "{ran:?}");
+        let refused = ran.json()["refused"].clone();
+        let told = refused.as_array().unwrap().iter().find(|r| r["kind"] == kind).unwrap_or_else(|| panic!("no {kind}: {refused}"));
+        assert_eq!(keys(told), ["axis", "kind", "node", "op", "reason"]);
+        assert_eq!((told["node"].as_str(), told["op"].as_str()), (Some("U"), Some("Quux")), "{told}");
+        assert!(told["reason"].as_str().unwrap().contains("Quux has no rule"), "{told}");
+        // A table says it too, and says how the command ends.
+        let table = sandbox.run(&["inspect", "m.onnx", "--strict"]);
+        assert!(table.code == 1 && table.stdout.contains(&format!("refused {kind}: ")), "{table:?}");
+    }
+}
+
+#[test]
+fn where_nothing_can_be_cut_plan_says_so_in_one_line() {
+    let sandbox = Sandbox::default();
+    let mut model = mlp();
+    graph(&mut model).node[1].op_type = Some("Quux".into());
+    sandbox.model("refused.onnx", &model);
+    let mut model = mlp();
+    graph(&mut model).node = vec![node("A", "Relu", &["x"], &["y"])];
+    graph(&mut model).initializer.clear();
+    graph(&mut model).output = vec![info("y", &[0, 4])];
+    sandbox.model("plain.onnx", &model);
+    for (file, strict, reason) in [("refused.onnx", 1, "operator Quux has no rule"), ("plain.onnx", 0, "no attention and no MLP")] {
+        assert_eq!(sandbox.run(&["inspect", file, "--strict", "-q"]).code, strict, "{file}");
+        for ask in [["--keep", "mlp=0.5"], ["--budget", "params=0.5"]] {
+            let args = [&["plan", file, "--by", "random", "-o", "p.json"][..], &ask].concat();
+            let ran = sandbox.run(&args);
+            assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.lines().count()), (2, "", 1), "{ran:?}");
+            let line = format!("error: {file}: no prunable group found: {reason}; see vitrim inspect\n");
+            assert_eq!(ran.stderr, line);
+            let told = sandbox.run(&[&args[..], &["--json"]].concat());
+            assert_eq!((told.code, told.json()["ok"].as_bool()), (2, Some(false)), "{told:?}");
+        }
+        assert!(!sandbox.at("p.json").exists());
+    }
+}
+
 #[test]
 fn plan_and_slice_have_the_names_of_the_contract_and_promises_are_kept() {
     let sandbox = Sandbox::default();

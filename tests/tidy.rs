@@ -77,6 +77,7 @@ const OPERATOR_NAME_EXCEPTIONS: &[(&str, &str)] = &[
     ("onnx/write.rs", "that Constant node is written back as the initializer it was"),
     ("search/step.rs", "the step graph is made of nodes, like the update in autodiff/"),
     ("slice/branch.rs", "asks which selections pick a part of a block, and spells new ones"),
+    ("slice/empty.rs", "knows what operators give for nothing, and where it goes from there"),
     ("slice/shapes.rs", "patches shape arithmetic: a Concat of sizes, a Where over them"),
     ("verify/bounds.rs", "follows integer inputs to the tables that they index"),
     ("verify/feeds.rs", "an image that meets a convolution gets a size that it can take"),

@@ -10,6 +10,7 @@
 mod attention;
 mod group;
 mod tokens;
+mod unknown;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
@@ -92,6 +93,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         let refused =
             Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
         if !anatomy.refused.contains(&refused) {
+            anatomy.refused.push(refused);
+        }
+    }
+    for refused in unknown::refusals(graph, &anatomy.axes) {
+        let is_told = anatomy.refused.iter().any(|r| r.kind == refused.kind && r.node == refused.node);
+        if !is_told {
             anatomy.refused.push(refused);
         }
     }
