@@ -69,23 +69,33 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
         .collect();
     rest.sort_unstable();
-    let (mut mlps, mut channels) = (0, 0);
     for (at, class) in rest {
-        let closed = axes.classes()[class].barriers.is_empty();
         let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
-        let counter = if kind == Kind::Channel { &mut channels } else { &mut mlps };
-        found.push((kind, *counter, class, at));
-        *counter += usize::from(closed);
+        found.push((kind, 0, class, at));
     }
     let layers: Vec<_> = attention.iter().map(|a| (a.logits, a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
+    let (mut mlps, mut channels) = (0, 0);
     for (kind, layer, class, _) in found {
         match refusal(graph, &anatomy.axes, kind, class) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
-            None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
+            None => {
+                // Only what can be cut is counted, so that what an exporter adds elsewhere does not move the numbers.
+                let counter = match kind {
+                    Kind::Mlp => Some(&mut mlps),
+                    Kind::Channel => Some(&mut channels),
+                    Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => None,
+                };
+                let number = counter.as_ref().map_or(layer, |n| **n);
+                let Some(group) = group::build(graph, facts, &anatomy.axes, kind, number, class) else { continue };
+                anatomy.groups.push(group);
+                if let Some(n) = counter {
+                    *n += 1;
+                }
+            }
         }
     }
     anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));

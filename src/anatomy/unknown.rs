@@ -26,13 +26,15 @@ pub(super) fn refusals(graph: &Graph, axes: &Axes) -> Vec<Refusal> {
     found
 }
 
-/// The axis of an input that comes from the columns of a weight, and why it ends here.
+/// The axis of an input that is a weight or comes from the columns of one, and why it ends here.
 fn behind_weight(graph: &Graph, axes: &Axes, id: NodeId) -> Option<(usize, String)> {
     let carriers = (0..graph.node(id).inputs().len()).filter_map(|slot| axes.carrier_at(graph, id, Slot::In(slot)));
     let mut sides = carriers.flat_map(|c| (0..axes.carriers()[c].shape.len()).map(move |axis| (c, axis)));
     sides.find_map(|at| {
         let classes = axes.classes_on(at).into_iter().map(|c| &axes.classes()[c]);
-        let mut born = classes.filter(|c| c.size.is_some_and(|s| s > 1) && group::is_born(axes, c));
+        let carrier = &axes.carriers()[at.0];
+        let is_weight = carrier.constant && carrier.shape.iter().filter(|d| !d.is(1)).count() > 1;
+        let mut born = classes.filter(|c| is_weight || c.size.is_some_and(|s| s > 1) && group::is_born(axes, c));
         let barrier = born.find_map(|c| c.barriers.iter().find(|b| b.node == Some(id)))?;
         Some((at.1, barrier.reason.clone()))
     })
@@ -47,17 +49,25 @@ fn purpose(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> Optio
             continue;
         }
         let node = graph.node(at);
-        match node.op() {
-            "Softmax" => return Some(Kind::Qk),
-            "Conv" => return Some(Kind::Channel),
-            "MatMul" | "Gemm" | "Einsum" if node.inputs().iter().flatten().all(|v| depends[*v]) => {
-                return Some(if purpose(graph, depends, at) == Some(Kind::Qk) { Kind::Qk } else { Kind::Vo });
-            }
-            "MatMul" | "Gemm" | "Einsum" => return Some(Kind::Mlp),
-            _ => next.extend(readers(graph, at)),
+        let is_product = matches!(node.op(), "MatMul" | "Gemm" | "Einsum");
+        let is_weighted = node.inputs().iter().flatten().any(|v| !depends[*v] && is_matrix(graph, *v));
+        if node.op().contains("Softmax") {
+            return Some(Kind::Qk);
+        } else if is_weighted && node.op().contains("Conv") {
+            return Some(Kind::Channel);
+        } else if is_weighted && (is_product || ops::lookup(node.domain(), node.op()).is_none()) {
+            return Some(Kind::Mlp);
+        } else if is_product {
+            return Some(if purpose(graph, depends, at) == Some(Kind::Qk) { Kind::Qk } else { Kind::Vo });
         }
+        next.extend(readers(graph, at));
     }
     None
+}
+
+/// Whether a constant may be a weight: two or more axes of more than one position, where they can be seen.
+fn is_matrix(graph: &Graph, v: ValueId) -> bool {
+    graph.constant(v).is_none_or(|t| t.dims.iter().filter(|d| **d > 1).count() > 1)
 }
 
 /// Nodes that read a result of the node, the first in the graph last.
