@@ -9,7 +9,7 @@ use std::path::Path;
 use vitrim::anatomy::Kind;
 use vitrim::cost::Sizes;
 use vitrim::onnx::{self, Overwrite};
-use vitrim::plan::Ask;
+use vitrim::plan::{Ask, Layout};
 use vitrim::{pipeline, score};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let scores = score::magnitude(model.graph(), &model.anatomy);
     let ask = Ask::Fractions(BTreeMap::from([(Kind::Mlp, 0.5)]));
-    let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", 0, BTreeSet::new())?;
+    let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", 0, BTreeSet::new(), Layout::Equal)?;
     let sliced = pipeline::cut(&model, &path, &plan, None)?.sliced;
 
     let folder = tempfile::tempdir()?;

@@ -22,7 +22,7 @@ use crate::cost::{self, Cost, Sizes};
 use crate::graph::Graph;
 use crate::infer::{self, Facts, InferError};
 use crate::onnx::{self, Loaded};
-use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Limits, Plan, Promised};
+use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Layout, Limits, Plan, Promised};
 use crate::runtime::Device;
 use crate::score::{self, Scores};
 use crate::search;
@@ -111,17 +111,18 @@ pub fn make_plan(
     asked: &str,
     round: usize,
     protected: BTreeSet<String>,
+    layout: Layout,
 ) -> Result<Plan, Error> {
     let file = || model.path.clone();
     let pinned = model.anatomy.tokens.iter().filter_map(|site| {
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
         Some((group.id.clone(), site.pinned.iter().copied().collect()))
     });
-    let limits = Limits { round, protected, pinned: pinned.collect() };
+    let limits = Limits { round, protected, pinned: pinned.collect(), layout };
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
     let kept =
         plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
-    let mut plan = Plan::empty(&model.sha256()?);
+    let mut plan = Plan { layout, ..Plan::empty(&model.sha256()?) };
     for (id, kept) in &kept {
         let of = model.anatomy.groups.iter().find(|g| g.id == *id).map_or(0, anatomy::Group::units);
         plan.groups.insert(id.clone(), KeptUnits { kept: kept.clone(), of });

@@ -140,7 +140,8 @@ fn strict_names_the_layer_that_is_refused() {
         let ran = sandbox.run(&["inspect", "m.onnx", "--strict", "--json"]);
         assert_eq!(ran.code, 1, "{ran:?}");
         let refused = ran.json()["refused"].clone();
-        let told = refused.as_array().unwrap().iter().find(|r| r["kind"] == kind).unwrap_or_else(|| panic!("no {kind}: {refused}"));
+        let told =
+            refused.as_array().unwrap().iter().find(|r| r["kind"] == kind).unwrap_or_else(|| panic!("no {kind}: {refused}"));
         assert_eq!(keys(told), ["axis", "kind", "node", "op", "reason"]);
         assert_eq!((told["node"].as_str(), told["op"].as_str()), (Some("U"), Some("Quux")), "{told}");
         assert!(told["reason"].as_str().unwrap().contains("Quux has no rule"), "{told}");
@@ -161,7 +162,8 @@ fn where_nothing_can_be_cut_plan_says_so_in_one_line() {
     graph(&mut model).initializer.clear();
     graph(&mut model).output = vec![info("y", &[0, 4])];
     sandbox.model("plain.onnx", &model);
-    for (file, strict, reason) in [("refused.onnx", 1, "operator Quux has no rule"), ("plain.onnx", 0, "no attention and no MLP")] {
+    for (file, strict, reason) in [("refused.onnx", 1, "operator Quux has no rule"), ("plain.onnx", 0, "no attention and no MLP")]
+    {
         assert_eq!(sandbox.run(&["inspect", file, "--strict", "-q"]).code, strict, "{file}");
         for ask in [["--keep", "mlp=0.5"], ["--budget", "params=0.5"]] {
             let args = [&["plan", file, "--by", "random", "-o", "p.json"][..], &ask].concat();

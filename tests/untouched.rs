@@ -139,9 +139,8 @@ impl Diff<'_> {
     }
 
     fn constants(&mut self) {
-        let names = |side: &Side| -> Vec<String> {
-            side.graph.initializers().iter().map(|v| side.name(Some(*v)).to_string()).collect()
-        };
+        let names =
+            |side: &Side| -> Vec<String> { side.graph.initializers().iter().map(|v| side.name(Some(*v)).to_string()).collect() };
         let (before, after) = (names(self.old), names(self.new));
         let (old_set, new_set): (BTreeSet<_>, BTreeSet<_>) = (before.iter().collect(), after.iter().collect());
         let both: Vec<_> = before.iter().filter(|n| new_set.contains(n)).collect();
@@ -186,8 +185,7 @@ impl Diff<'_> {
         let node = self.new.graph.node(at.node);
         let outputs = || node.outputs().iter().flatten();
         outputs().any(|v| self.moved(self.new.name(Some(*v))))
-            || depth > 0
-                && outputs().any(|v| self.new.graph.value(*v).users().iter().any(|u| self.leads_to_moved(*u, depth - 1)))
+            || depth > 0 && outputs().any(|v| self.new.graph.value(*v).users().iter().any(|u| self.leads_to_moved(*u, depth - 1)))
     }
 
     /// Whether a value has another shape than before, or was not there.
@@ -386,7 +384,8 @@ fn only_what_was_told_differs_in_the_corpus() {
             let Some(found) = faults_of(path, keep, seed) else { continue };
             compared += 1;
             let name = path.file_stem().unwrap().to_string_lossy();
-            faults.extend(found.into_iter().take(3).map(|f| format!("{name} {keep}: {}", f.chars().take(400).collect::<String>())));
+            faults
+                .extend(found.into_iter().take(3).map(|f| format!("{name} {keep}: {}", f.chars().take(400).collect::<String>())));
         }
     }
     println!("{} models, {compared} pairs of files compared", models.len());

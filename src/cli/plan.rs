@@ -9,13 +9,33 @@ use super::{Verdict, interrupt, print_json};
 use crate::anatomy::Kind;
 use crate::onnx;
 use crate::pipeline::{self, Model};
-use crate::plan::{Ask, Plan};
+use crate::plan::{Ask, Layout, Plan};
 use crate::score::Scores;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Kinds that a budget may cut.
 pub(super) const KINDS: &str = "mlp,qk,vo,channel";
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum HeadLayout {
+    /// Every head of a layer keeps the same number of dims
+    Equal,
+    /// Whole heads may go; those that stay keep the same number of dims
+    Drop,
+    /// Heads keep dims of their own, and those of one width are computed together
+    Grouped,
+}
+
+impl From<HeadLayout> for Layout {
+    fn from(word: HeadLayout) -> Self {
+        match word {
+            HeadLayout::Equal => Layout::Equal,
+            HeadLayout::Drop => Layout::Drop,
+            HeadLayout::Grouped => Layout::Grouped,
+        }
+    }
+}
 
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["keep", "budget"])))]
@@ -41,7 +61,10 @@ pub(super) struct Args {
     /// Kinds that a budget may cut [default: mlp,qk,vo,channel, and token where a run searched tokens]
     #[arg(long, value_name = "KIND,..")]
     kinds: Option<String>,
-    /// Widths are multiples of this
+    /// How the heads of a layer may differ
+    #[arg(long, value_enum, default_value_t = HeadLayout::Equal)]
+    layout: HeadLayout,
+    /// Widths are multiples of this; with --layout grouped 8 where it is not given
     #[arg(long, default_value_t = 1)]
     round: usize,
     /// Leave alone the groups whose id contains this
@@ -74,7 +97,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         // Scores of tokens can be compared with others only where both were searched.
         kinds.extend(scores.groups.keys().any(|id| id.starts_with(Kind::Token.as_str())).then_some(Kind::Token));
     }
-    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, args.round, protected(&model, &args.protect))?;
+    let mut plan =
+        pipeline::make_plan(&model, &scores, &ask, &asked, args.round, protected(&model, &args.protect), args.layout.into())?;
     plan.seed = args.seed;
     {
         let _guard = interrupt::writing();

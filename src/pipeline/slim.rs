@@ -13,7 +13,7 @@ use crate::data::Dataset;
 use crate::eval::Evaluation;
 use crate::graph::Graph;
 use crate::onnx::Loaded;
-use crate::plan::{Ask, Plan, Promised};
+use crate::plan::{Ask, Layout, Plan, Promised};
 use crate::runtime::{RuntimeName, SessionOptions};
 use crate::score::{self, Scores};
 use crate::search::{Config, FinetuneConfig, Finetuned, Outcome, Progress};
@@ -173,7 +173,7 @@ impl Slim<'_> {
         if let Ask::Budget { macs, params, kinds } = self.ask {
             let kinds: BTreeSet<Kind> = kinds.iter().copied().filter(|k| *k != Kind::Token).collect();
             let ask = Ask::Budget { macs: *macs, params: *params, kinds };
-            let plan = make_plan(self.model, &scores, &ask, self.asked, self.round, self.protected.clone());
+            let plan = make_plan(self.model, &scores, &ask, self.asked, self.round, self.protected.clone(), Layout::Equal);
             if let Ok(plan) = plan {
                 return Ok(plan);
             }
@@ -182,7 +182,7 @@ impl Slim<'_> {
     }
 
     fn plan(&self, scores: &Scores) -> Result<Plan, Error> {
-        let mut plan = make_plan(self.model, scores, self.ask, self.asked, self.round, self.protected.clone())?;
+        let mut plan = make_plan(self.model, scores, self.ask, self.asked, self.round, self.protected.clone(), Layout::Equal)?;
         plan.seed = self.config.seed;
         Ok(plan)
     }

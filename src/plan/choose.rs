@@ -1,5 +1,6 @@
 //! The ranking, and where it is cut off.
 
+use super::file::Layout;
 use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::ClassId;
 use crate::cost::{Cost, Model};
@@ -32,6 +33,8 @@ pub struct Limits {
     pub protected: BTreeSet<String>,
     /// Tokens of each token group that must stay.
     pub pinned: BTreeMap<String, Vec<usize>>,
+    /// How the heads of a layer may differ.
+    pub layout: Layout,
 }
 
 /// Why no plan could be made.
@@ -77,9 +80,14 @@ fn percent(x: f64) -> String {
     }
 }
 
-/// The steps of one group: what goes first, one dim of every head at a time.
+/// Widths of heads of their own are multiples of this where nothing else is asked: few widths, so few products.
+const WIDTHS_ROUND: usize = 8;
+
+/// The steps of one group: what goes first, one dim of every head at a time; or of one head, where heads have widths of their own.
 struct Ladder<'a> {
     group: &'a Group,
+    /// Where each head has a width of its own: widths are multiples of this.
+    own_widths: Option<usize>,
     /// Steps in the order of removal: units that go, and their score.
     steps: Vec<(Vec<usize>, f64)>,
 }
@@ -90,6 +98,11 @@ pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, mo
         Ask::Fractions(f) => f.keys().copied().collect(),
         Ask::Budget { kinds, .. } => kinds.clone(),
     };
+    let mut kinds = kinds;
+    if let (Layout::Drop, Ask::Budget { .. }) = (limits.layout, ask) {
+        kinds.insert(Kind::Head);
+    }
+    let scores = &scores_of_heads(anatomy, scores, limits.layout);
     let wanted = |g: &&Group| kinds.contains(&g.kind) && !limits.protected.contains(&g.id);
     let ladders = anatomy.groups.iter().filter(wanted).map(|g| ladder(g, scores, limits)).collect::<Result<Vec<_>, _>>()?;
     if ladders.iter().all(|l| l.steps.is_empty()) {
@@ -103,6 +116,25 @@ pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, mo
     let cut = ladders.iter().zip(&counts).filter(|(l, n)| **n > 0 && l.group.kind != Kind::Token);
     kept.extend(cut.map(|(l, n)| (l.group.id.clone(), l.kept(*n))));
     Ok(kept)
+}
+
+/// With layout `drop` a head is worth what its dims are worth, so that heads and dims compare.
+fn scores_of_heads(anatomy: &Anatomy, scores: &Scores, layout: Layout) -> Scores {
+    let mut out = scores.clone();
+    for head in anatomy.groups.iter().filter(|g| g.kind == Kind::Head && layout == Layout::Drop) {
+        let of_head = |g: &&Group| matches!(g.nest[..], [(class, _)] if class == head.leaf);
+        let nested = anatomy.groups.iter().filter(of_head).filter_map(|g| Some((g, scores.groups.get(&g.id)?)));
+        let mut sums = vec![0f64; head.units()];
+        let mut found = false;
+        for (group, values) in nested.filter(|(g, v)| v.len() == g.units()) {
+            found = true;
+            values.iter().enumerate().for_each(|(unit, v)| sums[unit / group.stored.len()] += f64::from(*v));
+        }
+        if found {
+            out.groups.insert(head.id.clone(), sums.into_iter().map(|s| s as f32).collect());
+        }
+    }
+    out
 }
 
 fn nothing_to_cut(anatomy: &Anatomy) -> ChooseError {
@@ -137,6 +169,21 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
         bundles.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| b.1.cmp(&a.1)));
         rows.push(bundles);
     }
+    let round = if limits.round > 1 { limits.round } else { WIDTHS_ROUND };
+    let has_own = limits.layout == Layout::Grouped && group.nest.len() == 1 && group.nest_count() > 1;
+    if let Some(round) = has_own.then_some(if width > round { round } else { 1 }) {
+        // Each head keeps its best dims.
+        let mut steps: Vec<(Vec<usize>, f64)> = rows
+            .into_iter()
+            .flat_map(|r| {
+                let n = r.len().saturating_sub(1);
+                r.into_iter().take(n)
+            })
+            .map(|(s, u)| (u, s))
+            .collect();
+        steps.sort_by(|a, b| a.1.total_cmp(&b.1).then_with(|| b.0.cmp(&a.0)));
+        return Ok(Ladder { group, own_widths: Some(round), steps });
+    }
     let spare = usize::from(pinned.is_empty());
     let step_count = rows.iter().map(Vec::len).min().unwrap_or(0).saturating_sub(spare);
     let steps = (0..step_count)
@@ -145,25 +192,54 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
             (rows.iter().flat_map(|r| r[n].1.iter().copied()).collect(), score)
         })
         .collect();
-    Ok(Ladder { group, steps })
+    Ok(Ladder { group, own_widths: None, steps })
 }
 
 impl Ladder<'_> {
     /// Units that stay after `n` steps.
     fn kept(&self, n: usize) -> Vec<usize> {
-        let gone: BTreeSet<usize> = self.steps[..n].iter().flat_map(|(units, _)| units.iter().copied()).collect();
+        let mut gone: BTreeSet<usize> = self.steps[..n].iter().flat_map(|(units, _)| units.iter().copied()).collect();
+        if let Some(round) = self.own_widths {
+            // What went last of a head comes back until its width is a multiple.
+            let width = self.group.stored.len();
+            let mut left = vec![width; self.group.nest_count()];
+            gone.iter().for_each(|u| left[u / width] -= 1);
+            for (units, _) in self.steps[..n].iter().rev() {
+                let head = units[0] / width;
+                if !left[head].is_multiple_of(round) && left[head] < width {
+                    left[head] += units.len();
+                    units.iter().for_each(|u| {
+                        gone.remove(u);
+                    });
+                }
+            }
+        }
         (0..self.group.units()).filter(|u| !gone.contains(u)).collect()
     }
 
-    /// Stored dims per head after `n` steps.
+    /// Stored dims per head after `n` steps; their mean, rounded up, where heads have widths of their own.
     fn width_after(&self, n: usize) -> usize {
+        if self.own_widths.is_some() {
+            return self.kept(n).len().div_ceil(self.group.nest_count());
+        }
         let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
         self.group.stored.len() - n * per_head
     }
 
+    /// Positions of the class that `n` steps take away, per head.
+    fn lost(&self, n: usize) -> usize {
+        match self.own_widths {
+            None => n,
+            Some(_) => {
+                let per_step = self.steps.first().map_or(1, |(u, _)| u.len()).max(1);
+                (self.group.stored.len() - self.width_after(n)) / per_step
+            }
+        }
+    }
+
     /// The greatest number of steps up to `n` that leaves a rounded width.
     fn rounded(&self, n: usize, round: usize) -> usize {
-        if round <= 1 || self.group.stored.len() < round {
+        if self.own_widths.is_some() || round <= 1 || self.group.stored.len() < round {
             return n;
         }
         (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
@@ -185,13 +261,16 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
         if l.steps.is_empty() {
             continue;
         }
-        let mut one = vec![0; ladders.len()];
-        one[i] = 1;
-        let after = cost_after(ladders, &one, model);
+        // Of heads with widths of their own, as many steps as take one dim of each, or a multiple where widths are rounded.
+        let first = l.own_widths.map_or(1, |round| (round * l.group.nest_count()).min(l.steps.len()));
+        let mut some = vec![0; ladders.len()];
+        some[i] = first;
+        let taken = if l.own_widths.is_some() { l.group.units() - l.kept(first).len() } else { 1 };
+        let after = cost_after(ladders, &some, model);
         let saved = match (by_macs, whole.macs, after.macs) {
             (true, Some(a), Some(b)) => a.saturating_sub(b),
             _ => whole.params.saturating_sub(after.params),
-        };
+        } / taken.max(1) as u64;
         let mut floor = f64::NEG_INFINITY;
         for (n, (_, score)) in l.steps.iter().enumerate() {
             floor = floor.max(score / saved.max(1) as f64);
@@ -207,7 +286,7 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
         .iter()
         .zip(counts)
         .filter(|(l, _)| l.group.kind != Kind::Token)
-        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n))
+        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - l.lost(*n)))
         .collect();
     let tokens: BTreeMap<usize, usize> = ladders
         .iter()

@@ -1,6 +1,6 @@
 //! plan.json: which units stay, and why. It can be written by hand, diffed, and applied again.
 
-use crate::anatomy::Anatomy;
+use crate::anatomy::{Anatomy, Group, Kind};
 use crate::slice::cutset::Kept;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -21,9 +21,9 @@ pub struct Plan {
     pub budget: Budget,
     /// Kept units by group id; groups that are not named are kept whole.
     pub groups: BTreeMap<String, KeptUnits>,
-    /// How heads may differ: `equal`.
-    #[serde(default = "equal")]
-    pub layout: String,
+    /// How heads may differ.
+    #[serde(default)]
+    pub layout: Layout,
     /// Basis of q, k, v: `original`.
     #[serde(default = "original")]
     pub basis: String,
@@ -41,8 +41,17 @@ pub struct Plan {
     pub split: Vec<Split>,
 }
 
-fn equal() -> String {
-    "equal".into()
+/// How the heads of an attention layer may differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// Every head of a layer keeps the same number of dims.
+    #[default]
+    Equal,
+    /// Whole heads may go; those that stay keep the same number of dims.
+    Drop,
+    /// Heads keep dims of their own; those of one width are computed together, in products of their own.
+    Grouped,
 }
 
 fn original() -> String {
@@ -165,6 +174,20 @@ pub enum PlanFileError {
         /// Units in the model.
         found: usize,
     },
+    /// Heads of a layer keep different numbers of dims.
+    #[error(
+        "{file}: plan keeps {one} dims in one head of group '{group}' and {other} in another: layout 'equal' needs the same number"
+    )]
+    Unequal {
+        /// The file.
+        file: String,
+        /// The group.
+        group: String,
+        /// Number in one head.
+        one: usize,
+        /// Number in another.
+        other: usize,
+    },
 }
 
 impl Plan {
@@ -175,7 +198,7 @@ impl Plan {
             model_sha256: model_sha256.to_string(),
             budget: Budget::default(),
             groups: BTreeMap::new(),
-            layout: equal(),
+            layout: Layout::default(),
             basis: original(),
             seed: 0,
             weights: None,
@@ -211,7 +234,43 @@ impl Plan {
                 return Err(PlanFileError::OtherSize { file, group: id.clone(), asked: kept.of, found: g.units() });
             }
         }
+        match self.layout {
+            Layout::Equal | Layout::Drop => self.check_equal(file, anatomy),
+            Layout::Grouped => Ok(()),
+        }
+    }
+
+    /// Every head that stays keeps the same number of dims.
+    fn check_equal(&self, file: String, anatomy: &Anatomy) -> Result<(), PlanFileError> {
+        let group_of = |id: &str| anatomy.groups.iter().find(|g| g.id == id);
+        for (id, kept) in &self.groups {
+            let Some(group) = group_of(id).filter(|g| g.nest_count() > 1) else { continue };
+            let width = group.stored.len();
+            let mut counts = vec![0usize; group.nest_count()];
+            kept.kept.iter().filter_map(|u| u.checked_div(width)).for_each(|head| {
+                if let Some(n) = counts.get_mut(head) {
+                    *n += 1;
+                }
+            });
+            // Heads that go as a whole keep what they like.
+            let mut left = counts.into_iter().enumerate().filter(|(row, _)| !self.is_row_gone(anatomy, group, *row));
+            let Some((_, one)) = left.next() else { continue };
+            if let Some((_, other)) = left.find(|(_, n)| *n != one) {
+                return Err(PlanFileError::Unequal { file, group: id.clone(), one, other });
+            }
+        }
         Ok(())
+    }
+
+    /// Whether a head that the units of `group` are numbered by goes as a whole.
+    fn is_row_gone(&self, anatomy: &Anatomy, group: &Group, row: usize) -> bool {
+        let mut rest = row;
+        group.nest.iter().rev().any(|(class, size)| {
+            let at = rest % size;
+            rest /= size;
+            let of_class = anatomy.groups.iter().filter(|g| g.leaf == *class && g.kind != Kind::Token);
+            of_class.filter_map(|g| self.groups.get(&g.id)).any(|k| !k.kept.contains(&at))
+        })
     }
 
     /// Kept units of the groups that lose some.

@@ -10,4 +10,6 @@ mod choose;
 mod file;
 
 pub use choose::{Ask, ChooseError, Limits, choose};
-pub use file::{BeforeAfter, Budget, Edited, KeptUnits, Plan, PlanFileError, Promised, SCHEMA_VERSION, Split, SplitUse, Weights};
+pub use file::{
+    BeforeAfter, Budget, Edited, KeptUnits, Layout, Plan, PlanFileError, Promised, SCHEMA_VERSION, Split, SplitUse, Weights,
+};

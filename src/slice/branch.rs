@@ -3,12 +3,17 @@
 //! A fused projection `[B, N, 3*H*E]` is reshaped to `[B, N, 3, H, E]` and q, k, v are picked from the axis of 3. Where q and v keep
 //! different numbers of dims no such value exists any more: the projection's output is split into its parts, and the chain of
 //! Reshape and Transpose up to each pick is copied for its part, with 1 in the place of 3.
+//!
+//! Where heads of a layer keep different numbers of dims, no value `[B, H, N, E]` exists either: the nodes from where heads get an axis
+//! of their own to where they lie on a flat one again are copied for each width, and the copies joined there.
 
-use super::cutset::{CutSet, Stays};
+use super::cutset::{CutSet, HeadsOf, Stays};
+use super::heads::{self, Split};
 use super::refit::{RefitCx, RefitError};
 use super::shapes::gather;
-use crate::axes::CarrierId;
+use super::{Cloned, constants};
 use crate::axes::relation::Slot;
+use crate::axes::{CarrierId, ClassId};
 use crate::graph::build::Builder;
 use crate::graph::{Graph, Id, NewNode, NodeId, Use, ValueId};
 use crate::infer::Facts;
@@ -24,12 +29,25 @@ pub(super) struct Brancher<'a> {
     pub(super) cut: &'a CutSet<'a>,
     /// Carriers with an axis that is ragged.
     pub(super) ragged: &'a BTreeSet<CarrierId>,
+    /// Carriers that fall apart by the width of their heads.
+    split: &'a Split,
     /// Patches that copied nodes asked for.
     pub(super) patches: Vec<(Use, Vec<(usize, i64)>)>,
-    made: BTreeMap<(CarrierId, Vec<usize>), ValueId>,
+    /// Constants that copied nodes read a part of.
+    pub(super) cloned: Vec<Cloned>,
+    made: BTreeMap<(CarrierId, Part), ValueId>,
+    /// What stands in the place of values that are blocks again.
+    whole: BTreeMap<CarrierId, ValueId>,
 }
 
 type Cases = BTreeSet<usize>;
+
+/// Which part of a value: some of its cases, and of its heads those of one width.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Part {
+    cases: Cases,
+    heads: Option<HeadsOf>,
+}
 
 impl<'a> Brancher<'a> {
     pub(super) fn new(
@@ -39,109 +57,235 @@ impl<'a> Brancher<'a> {
         axes: &'a crate::axes::Axes,
         cut: &'a CutSet<'a>,
         ragged: &'a BTreeSet<CarrierId>,
+        split: &'a Split,
     ) -> Self {
-        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), made: BTreeMap::new() }
+        let (patches, cloned, made, whole) = (Vec::new(), Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { graph, original, facts, axes, cut, ragged, split, patches, cloned, made, whole }
     }
 
-    /// Replaces every value that is picked from a ragged one.
+    /// Replaces every value that is a block again behind one that is not.
     pub(super) fn run(&mut self) -> Result<(), RefitError> {
         let alive: BTreeSet<NodeId> = self.graph.order().iter().copied().collect();
         for (id, node) in self.original.nodes().filter(|(id, _)| alive.contains(id)) {
-            let Some(slot) = (0..node.inputs().len()).find(|s| self.is_ragged(id, Slot::In(*s))) else { continue };
-            let input = self.axes.carrier_at(self.graph, id, Slot::In(slot)).expect("found above");
-            for (n, out) in node.outputs().iter().enumerate() {
-                let Some(out) = out.filter(|_| !self.is_ragged(id, Slot::Out(n))) else { continue };
-                let all: Cases = (0..self.axes.case_count(out.index())).collect();
-                let cases = self.axes.cases_with(id, input, out.index(), &all);
-                let picked = self.part(id, slot, input, &cases)?;
-                let drops_axis = self.facts.shape(out).map(<[_]>::len)
-                    < self.facts.shape(node.inputs()[slot].expect("ragged")).map(<[_]>::len);
-                let picked = match (node.op(), drops_axis) {
-                    ("Gather", true) => {
-                        let axis = node.attr_int("axis").unwrap_or(0);
-                        Builder::new(self.graph, "cut.").squeeze(picked, &[axis])
+            let slots = || 0..node.inputs().len();
+            let split = slots().find_map(|s| self.split.get(&self.carrier(id, s)?).copied());
+            let ragged = slots().find(|s| self.carrier(id, *s).is_some_and(|c| self.ragged.contains(&c)));
+            for out in node.outputs().iter().flatten() {
+                if !self.is_block(out.index()) {
+                    continue;
+                }
+                let whole = match (split, ragged) {
+                    (Some(class), _) => self.join(id, *out, class)?,
+                    (None, Some(slot)) => {
+                        let picked = self.pick(id, slot, out.index(), &self.all_of(out.index(), None))?;
+                        picked.ok_or_else(|| self.error(id, "it reads parts of unlike width together"))?
                     }
-                    ("Gather" | "Split" | "Slice" | "Identity", false) => picked,
-                    _ => return Err(self.error(id, "it reads parts of unlike width together")),
+                    (None, None) => continue,
                 };
-                if self.graph.outputs().contains(&out) {
+                if self.graph.outputs().contains(out) {
                     return Err(self.error(id, "parts of unlike width reach a graph output"));
                 }
-                self.graph.replace_uses(out, picked);
+                self.graph.replace_uses(*out, whole);
+                self.whole.insert(out.index(), whole);
             }
         }
         Ok(())
     }
 
-    fn is_ragged(&self, id: NodeId, slot: Slot) -> bool {
-        self.axes.carrier_at(self.graph, id, slot).is_some_and(|c| self.ragged.contains(&c))
+    fn carrier(&self, id: NodeId, slot: usize) -> Option<CarrierId> {
+        self.axes.carrier_at(self.original, id, Slot::In(slot))
+    }
+
+    /// Whether a value is still one array.
+    fn is_block(&self, carrier: CarrierId) -> bool {
+        !self.ragged.contains(&carrier) && !self.split.contains_key(&carrier)
+    }
+
+    fn all_of(&self, carrier: CarrierId, heads: Option<HeadsOf>) -> Part {
+        Part { cases: (0..self.axes.case_count(carrier)).collect(), heads }
     }
 
     fn error(&self, id: NodeId, what: &str) -> RefitError {
-        RefitError { node: self.graph.label(id), op: self.graph.node(id).op().to_string(), what: what.to_string() }
+        RefitError { node: self.original.label(id), op: self.original.node(id).op().to_string(), what: what.to_string() }
     }
 
-    /// The value at an input, narrowed to some of its cases.
-    fn part(&mut self, reader: NodeId, slot: usize, carrier: CarrierId, cases: &Cases) -> Result<ValueId, RefitError> {
-        let key = (carrier, cases.iter().copied().collect::<Vec<_>>());
+    /// The result of a node that lays heads of several widths beside each other: a copy of the node for each, joined.
+    fn join(&mut self, id: NodeId, out: ValueId, class: ClassId) -> Result<ValueId, RefitError> {
+        let rank = self.facts.shape(out).map_or(0, <[_]>::len);
+        let axis = (0..rank).find(|axis| self.axes.classes_on((out.index(), *axis)).contains(&class));
+        let Some(axis) = axis else {
+            if self.axes.classes()[class].sinks.iter().any(|s| s.node == id) {
+                return Err(self.error(id, "heads of unlike width meet here"));
+            }
+            // Only the type of the value is read: that of the first part is as good.
+            return self.copy(id, out.index(), &self.all_of(out.index(), Some((class, 0))));
+        };
+        let count = self.cut.widths().get(&class).map_or(0, Vec::len);
+        let mut parts = Vec::new();
+        for n in 0..count {
+            parts.push(self.copy(id, out.index(), &self.all_of(out.index(), Some((class, n))))?);
+        }
+        let name = self.graph.value(out).name().to_string();
+        Ok(Builder::new(self.graph, &format!("{name}_joined.")).concat(&parts, axis as i64))
+    }
+
+    /// What a node picks from a value that is ragged, as a part of that value; `None` where it does more than pick.
+    fn pick(&mut self, id: NodeId, slot: usize, out: CarrierId, part: &Part) -> Result<Option<ValueId>, RefitError> {
+        let node = self.original.node(id);
+        let (Some(input), Some(value)) = (self.carrier(id, slot), node.input(slot)) else { return Ok(None) };
+        let cases = self.axes.cases_with(id, input, out, &part.cases);
+        let rank = |v: ValueId| self.facts.shape(v).map(<[_]>::len);
+        let drops_axis = rank(ValueId::new(out)) < rank(value);
+        if !matches!((node.op(), drops_axis), ("Gather", _) | ("Split" | "Slice" | "Identity", false)) {
+            return Ok(None);
+        }
+        let picked = self.part(id, slot, input, &Part { cases, heads: part.heads })?;
+        let axis = node.attr_int("axis").unwrap_or(0);
+        Ok(Some(if drops_axis { Builder::new(self.graph, "cut.").squeeze(picked, &[axis]) } else { picked }))
+    }
+
+    /// The value at an input, narrowed to a part.
+    fn part(&mut self, reader: NodeId, slot: usize, carrier: CarrierId, part: &Part) -> Result<ValueId, RefitError> {
+        let key = (carrier, part.clone());
         if let Some(v) = self.made.get(&key) {
             return Ok(*v);
         }
         let value = ValueId::new(carrier);
-        let made = if self.ragged.contains(&carrier) {
+        let made = if self.is_block(carrier) {
+            self.narrow(reader, slot, value, part)?
+        } else {
             let Some((producer, _)) = self.original.value(value).producer() else {
                 return Err(self.error(reader, "a constant of unlike parts"));
             };
-            self.copy(producer, carrier, cases)?
-        } else {
-            self.narrow(reader, slot, value, cases)?
+            let picked = match self.picked_from(producer, carrier, part) {
+                Some(slot) => self.pick(producer, slot, carrier, part)?,
+                None => None,
+            };
+            match picked {
+                Some(v) => v,
+                None => self.copy(producer, carrier, part)?,
+            }
         };
         self.made.insert(key, made);
         Ok(made)
     }
 
-    /// A copy of the producer of a ragged value for some of its cases.
-    fn copy(&mut self, id: NodeId, out: CarrierId, cases: &Cases) -> Result<ValueId, RefitError> {
+    /// The input of which a node passes on only some cases.
+    fn picked_from(&self, id: NodeId, out: CarrierId, part: &Part) -> Option<usize> {
+        let node = self.original.node(id);
+        (0..node.inputs().len()).find(|slot| {
+            let Some(input) = self.carrier(id, *slot).filter(|c| !self.is_block(*c)) else { return false };
+            let cases = self.axes.cases_with(id, input, out, &part.cases);
+            if self.ragged.contains(&input) && !self.ragged.contains(&out) {
+                return true;
+            }
+            // Of an axis that tells parts apart (q, k and v) one position; slices of the dims themselves are copied like any node.
+            let shapes = node.input(*slot).and_then(|v| self.facts.shape(v)).zip(self.facts.shape(ValueId::new(out)));
+            let one = shapes.is_some_and(|(a, b)| {
+                a.len() > b.len() || a.len() == b.len() && a.iter().zip(b).filter(|(x, y)| x != y).all(|(_, y)| y.is(1))
+            });
+            one && cases.len() < self.axes.case_count(input)
+        })
+    }
+
+    /// A copy of the producer of a value for a part of it.
+    fn copy(&mut self, id: NodeId, out: CarrierId, part: &Part) -> Result<ValueId, RefitError> {
         let node = self.original.node(id).clone();
-        if node.outputs().iter().flatten().count() != 1 {
+        let is_whole = part.cases.len() == self.axes.case_count(out);
+        if node.outputs().iter().flatten().count() > 1 && !is_whole {
             return Err(self.error(id, "it makes several values of unlike parts"));
         }
-        let mut inputs = node.inputs().to_vec();
-        let mut narrowed: BTreeMap<ValueId, (CarrierId, Cases)> = BTreeMap::new();
+        let mut inputs = self.graph.node(id).inputs().to_vec();
+        let mut narrowed: BTreeMap<ValueId, (CarrierId, Part)> = BTreeMap::new();
         for (slot, input) in inputs.iter_mut().enumerate() {
-            let Some(carrier) = self.axes.carrier_at(self.graph, id, Slot::In(slot)) else { continue };
-            let of_input = self.axes.cases_with(id, carrier, out, cases);
-            let all = of_input.len() == self.axes.case_count(carrier);
-            if all && !self.ragged.contains(&carrier) {
+            let (Some(carrier), Some(value)) = (self.carrier(id, slot), node.input(slot)) else { continue };
+            // A node that selects from all parts of a block, or makes several, is refitted to select from all parts of the copy.
+            let cases = if is_whole && !self.is_block(carrier) && !self.ragged.contains(&carrier) {
+                self.all_of(carrier, None).cases
+            } else {
+                self.axes.cases_with(id, carrier, out, &part.cases)
+            };
+            let of_input = Part { cases, heads: part.heads.filter(|(class, _)| self.has(carrier, *class)) };
+            let is_source = heads::is_source(self.original, self.axes, carrier);
+            let is_all = of_input == self.all_of(carrier, None);
+            *input = if is_source && (part.heads.is_some() || !is_all) {
+                Some(self.part_of_constant(id, slot, carrier, &of_input)?)
+            } else if self.is_block(carrier) && is_all {
                 continue;
-            }
-            if self.axes.carriers()[carrier].constant {
-                return Err(self.error(id, "a constant is combined with parts of unlike width"));
-            }
-            narrowed.insert(node.inputs()[slot].expect("has a carrier"), (carrier, of_input.clone()));
-            *input = Some(self.part(id, slot, carrier, &of_input)?);
+            } else {
+                Some(self.part(id, slot, carrier, &of_input)?)
+            };
+            narrowed.insert(value, (carrier, of_input));
         }
-        let name = self.graph.value(ValueId::new(out)).name().to_string();
-        let made = self.graph.add_value(&format!("{name}_part"));
+        let mut outputs = Vec::new();
+        for v in node.outputs() {
+            outputs.push(v.map(|v| {
+                let name = format!("{}_part", self.graph.value(v).name());
+                self.graph.add_value(&name)
+            }));
+        }
+        let first = outputs.iter().flatten().next().map(|v| self.graph.value(*v).name().to_string());
         let copy = self.graph.add_node(NewNode {
-            name: self.graph.value(made).name().to_string(),
+            name: first.unwrap_or_default(),
             op: node.op().to_string(),
             domain: node.domain().to_string(),
             inputs,
-            outputs: vec![Some(made)],
+            outputs: outputs.clone(),
             attrs: node.attrs().to_vec(),
             ..NewNode::default()
         });
+        let mut made = None;
+        for (old, new) in node.outputs().iter().zip(outputs) {
+            let (Some(old), Some(new)) = (old, new) else { continue };
+            let own = if old.index() == out { part.clone() } else { self.all_of(old.index(), part.heads) };
+            narrowed.insert(*old, (old.index(), own.clone()));
+            self.made.insert((old.index(), own), new);
+            made = made.or((old.index() == out).then_some(new));
+        }
         let mut kept: BTreeMap<(ValueId, usize), Vec<usize>> = BTreeMap::new();
-        narrowed.insert(ValueId::new(out), (out, cases.clone()));
-        for (value, (carrier, cases)) in &narrowed {
+        for (value, (carrier, part)) in &narrowed {
             for axis in 0..self.axes.carriers()[*carrier].shape.len() {
-                if let Some(k) = self.kept_in_cases(*carrier, axis, cases) {
+                if let Some(k) = self.kept_in(id, *carrier, axis, part)? {
                     kept.insert((*value, axis), k);
                 }
             }
         }
         self.refit(id, copy, &kept)?;
+        made.ok_or_else(|| self.error(id, "a value is not made where it is thought to be"))
+    }
+
+    /// Whether a class occurs on an axis of a carrier.
+    fn has(&self, carrier: CarrierId, class: ClassId) -> bool {
+        let rank = self.axes.carriers()[carrier].shape.len();
+        (0..rank).any(|axis| self.axes.classes_on((carrier, axis)).contains(&class))
+    }
+
+    /// A constant for a copied node: what the heads of one width need of it.
+    fn part_of_constant(&mut self, id: NodeId, slot: usize, carrier: CarrierId, part: &Part) -> Result<ValueId, RefitError> {
+        let value = self.original.node(id).input(slot).ok_or_else(|| self.error(id, "an input is missing"))?;
+        if part.heads.is_none() && *part != self.all_of(carrier, None) {
+            return Err(self.error(id, "a constant is combined with parts of unlike width"));
+        }
+        if let Some(v) = self.made.get(&(carrier, part.clone())) {
+            return Ok(*v);
+        }
+        let mut keeps = BTreeMap::new();
+        for axis in 0..self.axes.carriers()[carrier].shape.len() {
+            if let Some(k) = self.kept_in(id, carrier, axis, part)? {
+                keeps.insert(axis, k);
+            }
+        }
+        let made = match self.original.constant(value) {
+            _ if keeps.is_empty() => self.graph.node(id).input(slot).unwrap_or(value),
+            None => keeps.iter().fold(value, |v, (axis, kept)| gather(self.graph, v, *axis, kept, "cut")),
+            Some(tensor) => {
+                let name = self.graph.value(value).name().to_string();
+                let (copy, cloned) = constants::copy(self.graph, &name, &tensor, &keeps);
+                self.cloned.extend(cloned);
+                copy
+            }
+        };
+        self.made.insert((carrier, part.clone()), made);
         Ok(made)
     }
 
@@ -164,42 +308,67 @@ impl<'a> Brancher<'a> {
         Ok(())
     }
 
-    /// Positions of an axis that stay in some cases; `None` where that is the whole axis.
-    fn kept_in_cases(&self, carrier: CarrierId, axis: usize, cases: &Cases) -> Option<Vec<usize>> {
-        let size = self.axes.carriers()[carrier].shape[axis].size()?;
-        let mut kept = BTreeSet::new();
-        for case in cases {
-            kept.extend(self.cut.stays_in_case((carrier, axis), *case)?.0);
+    /// Positions of an axis that stay in a part; `None` where that is the whole axis.
+    fn kept_in(&self, reader: NodeId, carrier: CarrierId, axis: usize, part: &Part) -> Result<Option<Vec<usize>>, RefitError> {
+        let Some(size) = self.axes.carriers()[carrier].shape[axis].size() else {
+            // What is left of an axis that is known at run time only has no positions.
+            let loses = part.heads.is_some_and(|(class, _)| self.axes.classes_on((carrier, axis)).contains(&class));
+            return Ok(loses.then(Vec::new));
+        };
+        let mut patterns: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+        for case in &part.cases {
+            let Some((kept, positions)) = self.cut.stays_in_case((carrier, axis), *case, part.heads) else { return Ok(None) };
+            match patterns.get(&positions) {
+                Some(other) if other.len() != kept.len() => {
+                    return Err(self.error(reader, "it reads parts of unlike width together"));
+                }
+                Some(_) => {}
+                None => {
+                    patterns.insert(positions, kept);
+                }
+            }
         }
-        (kept.len() < size).then(|| kept.into_iter().collect())
+        let kept: BTreeSet<usize> = patterns.into_values().flatten().collect();
+        Ok((kept.len() < size).then(|| kept.into_iter().collect()))
     }
 
-    /// A slice of a value that is still a block: the positions of some cases, counted after the cut.
-    fn narrow(&mut self, reader: NodeId, slot: usize, value: ValueId, cases: &Cases) -> Result<ValueId, RefitError> {
-        let carrier = self.axes.carrier_at(self.graph, reader, Slot::In(slot)).unwrap_or(value.index());
-        let mut current = value;
+    /// A slice of a value that is still a block: the positions of a part, counted after the cut.
+    fn narrow(&mut self, reader: NodeId, slot: usize, value: ValueId, part: &Part) -> Result<ValueId, RefitError> {
+        let carrier = self.carrier(reader, slot).unwrap_or(value.index());
+        let mut current = self.whole.get(&value.index()).copied().unwrap_or(value);
         for axis in 0..self.axes.carriers()[carrier].shape.len() {
-            let Some(wanted) = self.kept_in_cases(carrier, axis, cases) else { continue };
+            let Some(wanted) = self.kept_in(reader, carrier, axis, part)? else { continue };
             let after = match self.cut.stays((carrier, axis)) {
                 Stays::Positions(p) => p,
                 Stays::Whole => (0..self.axes.carriers()[carrier].shape[axis].size().unwrap_or(0)).collect(),
                 Stays::Ragged | Stays::Scaled => return Err(self.error(reader, "parts of unlike width on one axis")),
             };
-            if after == wanted {
-                continue;
+            let wanted: BTreeSet<usize> = wanted.into_iter().collect();
+            let positions: Vec<usize> = (0..after.len()).filter(|i| wanted.contains(&after[*i])).collect();
+            if positions.len() < after.len() {
+                current = self.take(current, axis, &positions);
             }
-            let positions: Vec<usize> = wanted.iter().filter_map(|w| after.binary_search(w).ok()).collect();
-            current = self.take(current, axis, &positions);
         }
         Ok(current)
     }
 
-    /// Positions of an axis at run time: a Slice where they are a run, else a Gather.
+    /// Positions of an axis at run time: Slices where they are one run or a few, else a Gather.
     fn take(&mut self, v: ValueId, axis: usize, positions: &[usize]) -> ValueId {
-        let run = positions.windows(2).all(|w| w[1] == w[0] + 1);
-        let Some(first) = positions.first().filter(|_| run) else { return gather(self.graph, v, axis, positions, "part") };
+        const RUNS_MAX: usize = 8;
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for p in positions {
+            match runs.last_mut() {
+                Some((_, end)) if end == p => *end += 1,
+                _ => runs.push((*p, p + 1)),
+            }
+        }
+        if runs.is_empty() || runs.len() > RUNS_MAX {
+            return gather(self.graph, v, axis, positions, "part");
+        }
         let name = self.graph.value(v).name().to_string();
         let mut b = Builder::new(self.graph, &format!("{name}_part."));
-        b.slice(v, &[*first as i64], &[(*first + positions.len()) as i64], &[axis as i64])
+        let run = |(start, end): &(usize, usize)| b.slice(v, &[*start as i64], &[*end as i64], &[axis as i64]);
+        let parts: Vec<ValueId> = runs.iter().map(run).collect();
+        if parts.len() == 1 { parts[0] } else { b.concat(&parts, axis as i64) }
     }
 }

@@ -11,11 +11,16 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Axis -> positions that stay.
 pub(super) type Keeps = BTreeMap<usize, Vec<usize>>;
 
-/// What each reader of each constant needs of it. Computed before the graph changes.
-pub(super) fn needs(graph: &Graph, axes: &Axes, cut: &CutSet<'_>) -> BTreeMap<ValueId, Vec<(Use, Keeps)>> {
+/// What each reader of each constant needs of it, but for readers that are copied. Computed before the graph changes.
+pub(super) fn needs(
+    graph: &Graph,
+    axes: &Axes,
+    cut: &CutSet<'_>,
+    copied: &BTreeSet<NodeId>,
+) -> BTreeMap<ValueId, Vec<(Use, Keeps)>> {
     let touched = cut.touched();
     let mut needs: BTreeMap<ValueId, Vec<(Use, Keeps)>> = BTreeMap::new();
-    for (id, node) in graph.nodes() {
+    for (id, node) in graph.nodes().filter(|(id, _)| !copied.contains(id)) {
         for (slot, v) in node.inputs().iter().enumerate() {
             let Some(v) = v else { continue };
             let Some(carrier) = axes.carrier_at(graph, id, Slot::In(slot)).filter(|c| axes.carriers()[*c].constant) else {
@@ -84,21 +89,26 @@ pub(super) fn cut(graph: &mut Graph, needs: BTreeMap<ValueId, Vec<(Use, Keeps)>>
         for (at, keeps) in readers.into_iter().filter(|(_, k)| !k.is_empty()) {
             let known = copies.iter().find(|(k, _)| *k == keeps).map(|(_, v)| *v);
             let copy = known.unwrap_or_else(|| {
-                let copy = graph.add_initializer(&format!("{name}_cut"), take_all(&tensor, &keeps));
-                copies.push((keeps.clone(), copy));
-                copy
+                let (made, told) = copy(graph, &name, &tensor, &keeps);
+                copies.push((keeps.clone(), made));
+                cloned.extend(told);
+                made
             });
-            let user = graph.value(copy).name().to_string();
-            if known.is_none() {
-                cloned.extend(keeps.iter().map(|(axis, kept)| {
-                    let TensorCut { initializer, axis, removed, of } = tensor_cut(&name, &tensor, *axis, kept);
-                    Cloned { initializer, axis, user: user.clone(), removed, of }
-                }));
-            }
             graph.set_input(at, Some(copy));
         }
     }
     (cuts, cloned)
+}
+
+/// A copy of a constant without what some reader loses, and what is told of it.
+pub(super) fn copy(graph: &mut Graph, name: &str, tensor: &Tensor, keeps: &Keeps) -> (ValueId, Vec<Cloned>) {
+    let copy = graph.add_initializer(&format!("{name}_cut"), take_all(tensor, keeps));
+    let user = graph.value(copy).name().to_string();
+    let told = keeps.iter().map(|(axis, kept)| {
+        let TensorCut { initializer, axis, removed, of, .. } = tensor_cut(name, tensor, *axis, kept);
+        Cloned { initializer, axis, user: user.clone(), removed, of }
+    });
+    (copy, told.collect())
 }
 
 fn take_all(tensor: &Tensor, keeps: &Keeps) -> Tensor {
@@ -107,6 +117,7 @@ fn take_all(tensor: &Tensor, keeps: &Keeps) -> Tensor {
 
 fn tensor_cut(name: &str, tensor: &Tensor, axis: usize, kept: &[usize]) -> TensorCut {
     let of = tensor.dims[axis];
-    let removed = (0..of).filter(|i| kept.binary_search(i).is_err()).collect();
-    TensorCut { initializer: name.to_string(), axis, removed, of }
+    let stays: BTreeSet<usize> = kept.iter().copied().collect();
+    let removed = (0..of).filter(|i| !stays.contains(i)).collect();
+    TensorCut { initializer: name.to_string(), axis, removed, of, kept: kept.to_vec() }
 }

@@ -37,15 +37,13 @@ pub enum CutError {
         /// The one that must stay with it.
         partner: usize,
     },
-    /// Heads of a layer keep different numbers of dims.
-    #[error("plan keeps {one} dims in one head of group '{group}' and {other} in another: layout 'equal' needs the same number")]
-    Unequal {
+    /// Heads of a layer keep different numbers of dims, and cannot be told apart.
+    #[error("heads of group '{group}' cannot keep different numbers of dims: {why}")]
+    Apart {
         /// The group.
         group: String,
-        /// Number in one head.
-        one: usize,
-        /// Number in another.
-        other: usize,
+        /// What stands in the way.
+        why: String,
     },
     /// A group loses everything, and a node cannot do without it.
     #[error("plan keeps nothing of group '{group}', and node {node} ({op}) cannot do without it: {why}")]
@@ -60,7 +58,9 @@ pub enum CutError {
         why: String,
     },
     /// Without the layers that lose all units there is no place to shorten the sequence.
-    #[error("the tokens of group '{0}' cannot go: beside the units that the plan removes no attention layer is left to shorten them at")]
+    #[error(
+        "the tokens of group '{0}' cannot go: beside the units that the plan removes no attention layer is left to shorten them at"
+    )]
     NoSite(String),
     /// A sequence of no tokens.
     #[error("plan keeps no token of group '{0}'")]
@@ -94,7 +94,12 @@ pub struct CutSet<'a> {
     /// For classes that lose whole positions: the first one that stays.
     stand_in: BTreeMap<ClassId, usize>,
     classes: BTreeSet<ClassId>,
+    /// For classes of heads of unlike width: the heads of each width, the widest first.
+    widths: BTreeMap<ClassId, Vec<Vec<usize>>>,
 }
+
+/// The heads of one width: their class, and their number among the widths.
+pub type HeadsOf = (ClassId, usize);
 
 impl<'a> CutSet<'a> {
     /// Checks what a plan keeps and turns it around.
@@ -118,37 +123,60 @@ impl<'a> CutSet<'a> {
             stand_in.insert(r.group.leaf, first);
         }
         let classes = removals.iter().map(|r| r.group.leaf).collect();
-        let set = Self { anatomy, removals, stand_in, classes };
-        set.check_equal()?;
+        let mut set = Self { anatomy, removals, stand_in, classes, widths: BTreeMap::new() };
+        set.widths = set.find_widths()?;
         Ok(set)
     }
 
-    /// Every head that stays keeps the same number of dims.
-    fn check_equal(&self) -> Result<(), CutError> {
-        for r in &self.removals {
-            let mut count = None;
-            for row in (0..r.group.nest_count()).filter(|row| !self.row_is_gone(r.group, *row)) {
-                let gone = r.gone.iter().filter(|(x, _)| x == &row).count();
-                let left = self.anatomy.axes.classes()[r.group.leaf].size.unwrap_or(0) - gone;
-                match count {
-                    None => count = Some(left),
-                    Some(one) if one != left => {
-                        return Err(CutError::Unequal { group: r.group.id.clone(), one, other: left });
-                    }
-                    Some(_) => {}
+    /// Sorts the heads of each layer by the numbers of dims that they keep, where these differ.
+    fn find_widths(&self) -> Result<BTreeMap<ClassId, Vec<Vec<usize>>>, CutError> {
+        let mut unlike = BTreeSet::new();
+        for r in self.removals.iter().filter(|r| r.group.nest_count() > 1) {
+            let rows = (0..r.group.nest_count()).filter(|row| !self.row_is_gone(r.group, *row));
+            let counts: BTreeSet<usize> = rows.map(|row| r.gone.range((row, 0)..(row + 1, 0)).count()).collect();
+            match &r.group.nest[..] {
+                _ if counts.len() < 2 => {}
+                [(class, _)] => {
+                    unlike.insert(*class);
+                }
+                _ => {
+                    let why = "they are numbered by more than one axis".to_string();
+                    return Err(CutError::Apart { group: r.group.id.clone(), why });
                 }
             }
         }
-        Ok(())
+        let mut widths = BTreeMap::new();
+        for class in unlike {
+            let of_class: Vec<&Removal<'_>> =
+                self.removals.iter().filter(|r| r.group.nest.first().is_some_and(|(c, _)| *c == class)).collect();
+            let Some(first) = of_class.first() else { continue };
+            let mut by_width: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
+            for head in (0..first.group.nest_count()).filter(|row| !self.row_is_gone(first.group, *row)) {
+                let lost = of_class.iter().map(|r| r.gone.range((head, 0)..(head + 1, 0)).count()).collect();
+                by_width.entry(lost).or_default().push(head);
+            }
+            widths.insert(class, by_width.into_values().collect());
+        }
+        Ok(widths)
+    }
+
+    /// Classes of heads of unlike width, and the heads of each width.
+    pub fn widths(&self) -> &BTreeMap<ClassId, Vec<Vec<usize>>> {
+        &self.widths
+    }
+
+    /// The group that a class of heads is known by to the user.
+    pub fn name_of_heads(&self, class: ClassId) -> String {
+        let nested = self.removals.iter().find(|r| r.group.nest.first().is_some_and(|(c, _)| *c == class));
+        nested.map(|r| r.group.id.clone()).unwrap_or_default()
     }
 
     /// Groups of which nothing is left, in the order of the plan.
     pub fn emptied(&self) -> Vec<&'a Group> {
         let size = |r: &Removal<'_>| self.anatomy.axes.classes()[r.group.leaf].size.unwrap_or(0);
         let is_row_empty = |r: &Removal<'_>, row: usize| r.gone.range((row, 0)..(row + 1, 0)).count() == size(r);
-        let is_empty = |r: &&Removal<'a>| {
-            (0..r.group.nest_count()).all(|row| is_row_empty(r, row) || self.row_is_gone(r.group, row))
-        };
+        let is_empty =
+            |r: &&Removal<'a>| (0..r.group.nest_count()).all(|row| is_row_empty(r, row) || self.row_is_gone(r.group, row));
         self.removals.iter().filter(is_empty).map(|r| r.group).collect()
     }
 
@@ -184,9 +212,21 @@ impl<'a> CutSet<'a> {
         members.map(|m| (m.carrier, m.axis)).collect()
     }
 
-    /// Which positions of a region are removed.
-    fn gone_in(&self, region: &Region) -> Vec<bool> {
+    /// Which positions of a region are removed; of a class of heads, all that are not of `heads`.
+    fn gone_in(&self, region: &Region, heads: Option<HeadsOf>) -> Vec<bool> {
+        let of_width = heads.and_then(|(class, n)| Some((class, self.widths.get(&class)?.get(n)?)));
         let mut gone = vec![false; region.positions.len()];
+        if let Some((class, list)) = of_width {
+            let inner = |k: usize| region.factors[k + 1..].iter().map(|(_, n)| n).product::<usize>();
+            if let Some(k) = region.factors.iter().position(|(c, _)| *c == class) {
+                let (inner, size) = (inner(k), region.factors[k].1);
+                gone.iter_mut().enumerate().for_each(|(at, gone)| *gone = !list.contains(&(at / inner % size)));
+            }
+        }
+        let first = |class: &ClassId| match of_width {
+            Some((c, list)) if c == *class => list.first().copied(),
+            _ => self.stand_in.get(class).copied(),
+        };
         for r in &self.removals {
             if !region.factors.iter().any(|(c, _)| *c == r.group.leaf) {
                 continue;
@@ -198,9 +238,11 @@ impl<'a> CutSet<'a> {
                     at.insert(*class, rest % size);
                     rest /= size;
                 }
-                let row = r.group.nest.iter().fold(0, |row, (class, size)| {
-                    row * size + at.get(class).or_else(|| self.stand_in.get(class)).copied().unwrap_or(0)
-                });
+                let row = r
+                    .group
+                    .nest
+                    .iter()
+                    .fold(0, |row, (class, size)| row * size + at.get(class).copied().or_else(|| first(class)).unwrap_or(0));
                 *gone |= r.gone.contains(&(row, at[&r.group.leaf]));
             }
         }
@@ -211,8 +253,9 @@ impl<'a> CutSet<'a> {
     pub fn stays(&self, at: AxisOf) -> Stays {
         let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
         let mut ragged = false;
-        for region in self.anatomy.axes.regions(at) {
-            let gone = self.gone_in(&region);
+        let regions = self.anatomy.axes.regions(at);
+        for region in regions.iter().cloned() {
+            let gone = self.gone_in(&region, None);
             let count = |g: &[bool]| g.iter().filter(|x| **x).count();
             match patterns.get(&region.positions) {
                 Some(known) => ragged |= count(known) != count(&gone),
@@ -235,13 +278,43 @@ impl<'a> CutSet<'a> {
             kept.extend(positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p));
         }
         kept.sort_unstable();
+        if lost && !self.widths.is_empty() {
+            self.sort_by_width(&regions, &mut kept);
+        }
         if lost { Stays::Positions(kept) } else { Stays::Whole }
     }
 
-    /// What stays of an axis of a carrier in one case, and the positions that the case covers.
-    pub fn stays_in_case(&self, at: AxisOf, case: usize) -> Option<(Vec<usize>, Vec<usize>)> {
+    /// Puts heads of one width beside each other: within each part of the axis, or on the whole of it where parts alternate.
+    fn sort_by_width(&self, regions: &[Region], kept: &mut [usize]) {
+        let is_run = |r: &Region| r.positions.windows(2).all(|w| w[1] == w[0] + 1);
+        let in_runs = regions.iter().all(is_run);
+        let mut key: BTreeMap<usize, (usize, usize)> = BTreeMap::new();
+        for region in regions {
+            let Some((k, list)) = (0..region.factors.len()).find_map(|k| Some((k, self.widths.get(&region.factors[k].0)?)))
+            else {
+                continue;
+            };
+            if !region.factors.iter().any(|(c, _)| self.classes.contains(c)) {
+                continue;
+            }
+            let inner: usize = region.factors[k + 1..].iter().map(|(_, n)| n).product();
+            for (offset, position) in region.positions.iter().enumerate() {
+                let head = offset / inner % region.factors[k].1;
+                let width = list.iter().position(|heads| heads.contains(&head)).unwrap_or(list.len());
+                let start = region.positions.first().copied().filter(|_| in_runs).unwrap_or(0);
+                key.entry(*position).or_insert((start, width));
+            }
+        }
+        kept.sort_by_key(|p| match key.get(p) {
+            Some((start, width)) => (*start, *width, *p),
+            None => (if in_runs { *p } else { 0 }, 0, *p),
+        });
+    }
+
+    /// What stays of an axis of a carrier in one case, and the positions that the case covers; of a class of heads, only `heads`.
+    pub fn stays_in_case(&self, at: AxisOf, case: usize, heads: Option<HeadsOf>) -> Option<(Vec<usize>, Vec<usize>)> {
         let region = self.anatomy.axes.region(at, case)?;
-        let gone = self.gone_in(&region);
+        let gone = self.gone_in(&region, heads);
         let kept = region.positions.iter().zip(gone).filter(|(_, g)| !g).map(|(p, _)| *p).collect();
         Some((kept, region.positions))
     }

@@ -7,8 +7,8 @@
 
 use super::cutset::{CutError, CutSet};
 use super::shapes::size_vector;
-use crate::axes::{Axes, CarrierId};
 use crate::axes::relation::Slot;
+use crate::axes::{Axes, CarrierId};
 use crate::graph::build::Builder;
 use crate::graph::{DType, Graph, Id, Node, NodeId, Tensor, Use, ValueId};
 use crate::infer::{Dim, Facts, normalize_axis};
@@ -88,17 +88,13 @@ pub(super) fn detach(out: &mut Graph, facts: &Facts, axes: &Axes, cut: &CutSet<'
     Ok(detached)
 }
 
-fn needed(graph: &Graph, id: NodeId, group: &str, why: impl Into<String>) -> CutError {
-    CutError::Needed {
-        group: group.to_string(),
-        node: graph.label(id),
-        op: graph.node(id).op().to_string(),
-        why: why.into(),
-    }
+/// The refusal to do without a group.
+pub(super) fn needed(graph: &Graph, id: NodeId, group: &str, why: impl Into<String>) -> CutError {
+    CutError::Needed { group: group.to_string(), node: graph.label(id), op: graph.node(id).op().to_string(), why: why.into() }
 }
 
 /// The ids of all emptied groups, for a message.
-fn ids(cut: &CutSet<'_>) -> String {
+pub(super) fn ids(cut: &CutSet<'_>) -> String {
     cut.emptied().iter().map(|g| g.id.as_str()).collect::<Vec<_>>().join("', '")
 }
 
@@ -108,34 +104,39 @@ fn emptied_input(out: &Graph, axes: &Axes, cut: &CutSet<'_>, id: NodeId, slot: u
     (0..axes.carriers()[carrier].shape.len()).any(|axis| cut.is_emptied((carrier, axis))).then_some(carrier)
 }
 
-/// Sizes that are read off values of which nothing is left are read elsewhere.
-pub(super) fn read_no_sizes(
+/// Sizes that are read off values that will not be there, as one array, are read off others.
+///
+/// Error: the node for which that is not possible, and why.
+pub(super) fn read_sizes_elsewhere(
     out: &mut Graph,
     original: &Graph,
     facts: &Facts,
-    axes: &Axes,
-    cut: &CutSet<'_>,
-) -> Result<(), CutError> {
+    unreadable: &BTreeSet<CarrierId>,
+) -> Result<(), (NodeId, String)> {
     let old: BTreeSet<NodeId> = original.order().iter().copied().collect();
-    let emptied: BTreeSet<CarrierId> = cut.touched().into_iter().filter(|at| cut.is_emptied(*at)).map(|(c, _)| c).collect();
     for id in out.order().to_vec() {
         let node = out.node(id).clone();
-        if !old.contains(&id) || node.op() != "Shape" || emptied_input(out, axes, cut, id, 0).is_none() {
+        let reads = original_input(original, &old, id).is_some_and(|v| unreadable.contains(&v.index()));
+        if node.op() != "Shape" || !reads {
             continue;
         }
         let sizes = node.output(0).and_then(|v| facts.get(v).known.as_ref()?.ints().map(<[_]>::to_vec));
         let (Some(sizes), Some(result)) = (sizes, node.output(0)) else {
-            return Err(needed(out, id, &ids(cut), "the sizes that it reads are not known"));
+            return Err((id, "the sizes that it reads are not known".into()));
         };
         let may_ask = |g: &Graph, v: ValueId| {
-            facts.shape(v).filter(|_| !emptied.contains(&v.index()) && !g.is_constant(v)).map(<[_]>::to_vec)
+            facts.shape(v).filter(|_| !unreadable.contains(&v.index()) && !g.is_constant(v)).map(<[_]>::to_vec)
         };
-        let vector = size_vector(out, id, &sizes, &may_ask)
-            .map_err(|size| needed(out, id, &ids(cut), format!("no other value has the size {size}")))?;
+        let vector =
+            size_vector(out, id, &sizes, &may_ask).map_err(|size| (id, format!("no other value has the size {size}")))?;
         out.replace_uses(result, vector);
     }
     out.sort();
     Ok(())
+}
+
+fn original_input(original: &Graph, old: &BTreeSet<NodeId>, id: NodeId) -> Option<ValueId> {
+    old.contains(&id).then(|| original.node(id).input(0)).flatten()
 }
 
 /// Nothing reads a value any more of which nothing is left.
@@ -263,9 +264,7 @@ impl Settler<'_> {
             }
             ("", "Cast", Some(small)) if small.is_zero => self.zero(out, &node),
             ("", "Relu" | "Neg" | "Sqrt" | "Abs" | "Tanh", Some(small)) if small.is_zero => self.zero(out, &node),
-            ("", "Transpose" | "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze", Some(small)) => {
-                self.moved(out, &node, small)
-            }
+            ("", "Transpose" | "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze", Some(small)) => self.moved(out, &node, small),
             ("", "Slice" | "Gather" | "Split" | "Expand", Some(small)) if small.is_zero => self.zero(out, &node),
             ("", "Slice" | "Split", Some(small)) => self.selected(out, &node, small),
             ("", "Concat", Some(small)) => self.joined(out, &node, small),

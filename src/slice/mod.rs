@@ -10,6 +10,7 @@ mod branch;
 mod constants;
 pub mod cutset;
 mod empty;
+mod heads;
 pub mod refit;
 mod shapes;
 mod tokens;
@@ -37,6 +38,9 @@ pub struct TensorCut {
     pub removed: Vec<usize>,
     /// Size of the axis in the original.
     pub of: usize,
+    /// What stays, in the order of the result: ascending but where heads were sorted by their width.
+    #[serde(skip)]
+    pub kept: Vec<usize>,
 }
 
 /// A copy of a constant that was cut for some of its readers.
@@ -129,7 +133,7 @@ impl Sliced {
             match source(&cut.initializer, &self.cloned) {
                 None => self.cuts.push(cut),
                 Some(initializer) => {
-                    let TensorCut { initializer: user, axis, removed, of } = cut;
+                    let TensorCut { initializer: user, axis, removed, of, .. } = cut;
                     self.cloned.push(Cloned { initializer, axis, user, removed, of });
                 }
             }
@@ -177,12 +181,16 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let cut = CutSet::new(anatomy, kept)?;
     let stays = stays_of(&cut);
     let ragged: BTreeSet<CarrierId> = stays.iter().filter(|(_, s)| **s == Stays::Ragged).map(|((c, _), _)| *c).collect();
+    let split = heads::split(graph, anatomy, &cut)?;
+    let copied = heads::copied(graph, &split);
     let unused = unused_values(graph);
     let keeps_unused = |g: &Graph, v: ValueId| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty();
-    let mut needs = constants::needs(graph, &anatomy.axes, &cut);
+    let mut needs = constants::needs(graph, &anatomy.axes, &cut, &copied);
     let mut out = graph.clone();
 
     let new_size = |v: ValueId, axis: usize| match stays.get(&(v.index(), axis)) {
+        // Of a value that falls apart no size is what it was.
+        Some(_) if split.contains_key(&v.index()) => Some(0),
         Some(Stays::Positions(p)) => Some(p.len()),
         _ => None,
     };
@@ -194,21 +202,42 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let is_emptied = !detached.is_empty();
     if is_emptied {
         out.remove_dead(&keeps_unused);
-        empty::read_no_sizes(&mut out, graph, facts, &anatomy.axes, &cut)?;
+    }
+    let gone = stays.iter().filter(|(_, s)| matches!(s, Stays::Positions(p) if p.is_empty())).map(|((c, _), _)| *c);
+    let unreadable: BTreeSet<CarrierId> = gone.chain(split.keys().copied()).chain(ragged.iter().copied()).collect();
+    if !unreadable.is_empty() {
+        empty::read_sizes_elsewhere(&mut out, graph, facts, &unreadable).map_err(|(id, why)| match split.values().next() {
+            Some(class) if !is_emptied => {
+                CutError::Apart { group: cut.name_of_heads(*class), why: format!("node {}: {why}", graph.label(id)) }
+            }
+            _ => empty::needed(graph, id, &empty::ids(&cut), why),
+        })?;
         out.remove_dead(&keeps_unused);
+    }
+    if is_emptied {
         empty::check_dead(&out, graph, &anatomy.axes, &cut)?;
     }
     let mut cuts = constants::drop_dead(graph, &out, &mut needs);
     shapes::freeze(&mut out, facts, &new_size);
-    let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
-    let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
-    brancher.run()?;
+    let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged, &copied)?;
+    let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged, &split);
+    brancher.run().map_err(|e| match split.values().next() {
+        Some(class) => SliceError::Cut(CutError::Apart { group: cut.name_of_heads(*class), why: e.to_string() }),
+        None => SliceError::Refit(e),
+    })?;
     patches.append(&mut brancher.patches);
-    for (at, entries) in patches {
+    let mut cloned = std::mem::take(&mut brancher.cloned);
+    if !split.is_empty() {
+        out.sort();
+        out.remove_dead(&keeps_unused);
+    }
+    let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
+    for (at, entries) in patches.into_iter().filter(|(at, _)| alive.contains(&at.node)) {
         shapes::patch(&mut out, facts, at, &entries);
     }
-    let (own_cuts, cloned) = constants::cut(&mut out, needs);
+    let (own_cuts, own_cloned) = constants::cut(&mut out, needs);
     cuts.extend(own_cuts);
+    cloned.extend(own_cloned);
     out.sort();
     let loose = if is_emptied { empty::settle(&mut out, detached, facts, &cut, &new_shape)? } else { BTreeSet::new() };
     out.sort();
@@ -238,11 +267,12 @@ fn refit_nodes(
     anatomy: &Anatomy,
     stays: &BTreeMap<(CarrierId, usize), Stays>,
     ragged: &BTreeSet<CarrierId>,
+    copied: &BTreeSet<NodeId>,
 ) -> Result<Patches, RefitError> {
     let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
     let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
     let mut patches = Vec::new();
-    for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id)) {
+    for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id) && !copied.contains(id)) {
         let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
         let carriers: Vec<(Slot, CarrierId)> = slots
             .filter_map(|s| anatomy.axes.carrier_at(graph, id, s).map(|c| (s, c)))

@@ -70,8 +70,8 @@ fn spread(whole: &Tensor, small: &Tensor, cuts: &[&TensorCut]) -> Tensor {
     let width = whole.dtype.bits() / 8;
     let kept: Vec<Vec<usize>> = (0..whole.dims.len())
         .map(|axis| {
-            let gone: BTreeSet<usize> = cuts.iter().filter(|c| c.axis == axis).flat_map(|c| c.removed.iter().copied()).collect();
-            (0..whole.dims[axis]).filter(|i| !gone.contains(i)).collect()
+            let cut = cuts.iter().find(|c| c.axis == axis);
+            cut.map_or_else(|| (0..whole.dims[axis]).collect(), |c| c.kept.clone())
         })
         .collect();
     let mut bytes = vec![0u8; whole.element_count() * width];

@@ -28,7 +28,8 @@ fn listed(size: &Dim) -> Option<usize> {
 /// Where position `p` of an axis went when only `kept` stayed; all stay where `kept` is `None`.
 fn moved_to(p: usize, kept: Option<&[usize]>) -> Option<usize> {
     match kept {
-        Some(kept) => kept.binary_search(&p).ok(),
+        // What stays is in order but where heads of unlike width were sorted.
+        Some(kept) => kept.binary_search(&p).ok().or_else(|| kept.iter().position(|k| *k == p)),
         None => Some(p),
     }
 }
