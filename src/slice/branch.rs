@@ -67,19 +67,26 @@ impl<'a> Brancher<'a> {
     pub(super) fn run(&mut self) -> Result<(), RefitError> {
         let alive: BTreeSet<NodeId> = self.graph.order().iter().copied().collect();
         for (id, node) in self.original.nodes().filter(|(id, _)| alive.contains(id)) {
-            let slots = || 0..node.inputs().len();
-            let split = slots().find_map(|s| self.split.get(&self.carrier(id, s)?).copied());
-            let ragged = slots().find(|s| self.carrier(id, *s).is_some_and(|c| self.ragged.contains(&c)));
+            let mut inputs = (0..node.inputs().len()).filter_map(|s| self.carrier(id, s));
+            let split = inputs.clone().find_map(|c| self.split.get(&c).copied());
+            if split.is_none() && !inputs.any(|c| self.ragged.contains(&c)) {
+                continue;
+            }
             for out in node.outputs().iter().flatten() {
                 if !self.is_block(out.index()) {
                     continue;
                 }
-                let whole = match (split, ragged) {
-                    (Some(class), _) => self.join(id, *out, class)?,
-                    (None, Some(slot)) => {
-                        let picked = self.pick(id, slot, out.index(), &self.all_of(out.index(), None))?;
+                let all = self.all_of(out.index(), None);
+                let picked = match split {
+                    Some(class) if self.has(out.index(), class) => None,
+                    _ => self.picked_from(id, out.index(), &all),
+                };
+                let whole = match (picked, split) {
+                    (Some(slot), _) => {
+                        let picked = self.pick(id, slot, out.index(), &all)?;
                         picked.ok_or_else(|| self.error(id, "it reads parts of unlike width together"))?
                     }
+                    (None, Some(class)) => self.join(id, *out, class)?,
                     (None, None) => continue,
                 };
                 if self.graph.outputs().contains(out) {
@@ -121,12 +128,28 @@ impl<'a> Brancher<'a> {
             return self.copy(id, out.index(), &self.all_of(out.index(), Some((class, 0))));
         };
         let count = self.cut.widths().get(&class).map_or(0, Vec::len);
-        let mut parts = Vec::new();
+        let size = self.facts.shape(out).and_then(|s| s[axis].size()).unwrap_or(0);
+        let (mut parts, mut order) = (Vec::new(), Vec::new());
         for n in 0..count {
-            parts.push(self.copy(id, out.index(), &self.all_of(out.index(), Some((class, n))))?);
+            let part = self.all_of(out.index(), Some((class, n)));
+            order.extend(self.kept_in(id, out.index(), axis, &part)?.unwrap_or_else(|| (0..size).collect()));
+            parts.push(self.copy(id, out.index(), &part)?);
         }
         let name = self.graph.value(out).name().to_string();
-        Ok(Builder::new(self.graph, &format!("{name}_joined.")).concat(&parts, axis as i64))
+        let joined = Builder::new(self.graph, &format!("{name}_joined.")).concat(&parts, axis as i64);
+        let wanted = match self.cut.stays((out.index(), axis)) {
+            Stays::Positions(p) => p,
+            Stays::Whole => (0..size).collect(),
+            Stays::Scaled | Stays::Ragged => return Err(self.error(id, "heads of unlike width meet here")),
+        };
+        if wanted == order {
+            return Ok(joined);
+        }
+        // Where nothing else is cut along the axis its order is that of the model.
+        let places: BTreeMap<usize, usize> = order.iter().enumerate().map(|(i, p)| (*p, i)).collect();
+        let positions: Option<Vec<usize>> = wanted.iter().map(|p| places.get(p).copied()).collect();
+        let positions = positions.ok_or_else(|| self.error(id, "the parts keep other positions than the whole"))?;
+        Ok(self.take(joined, axis, &positions))
     }
 
     /// What a node picks from a value that is ragged, as a part of that value; `None` where it does more than pick.

@@ -294,7 +294,8 @@ impl<'a> CutSet<'a> {
             else {
                 continue;
             };
-            if !region.factors.iter().any(|(c, _)| self.classes.contains(c)) {
+            // Parts beside each other are sorted each by itself; parts that alternate within a head go with the head.
+            if in_runs && !region.factors.iter().any(|(c, _)| self.classes.contains(c)) {
                 continue;
             }
             let inner: usize = region.factors[k + 1..].iter().map(|(_, n)| n).product();

@@ -28,7 +28,7 @@ pub(super) fn split(graph: &Graph, anatomy: &Anatomy, cut: &CutSet<'_>) -> Resul
             }
             // An axis that heads share with the batch is known at run time only.
             let factors = axes.region(at, member.case).map(|r| r.factors).unwrap_or_default();
-            let is_flat = factors.iter().any(|(c, _)| leaves.contains(c));
+            let is_flat = factors.iter().any(|(c, _)| c != class && leaves.contains(c));
             if let (Of::Virtual(id, _), false) = (axes.carriers()[carrier].of, is_flat) {
                 inside.push((id, *class));
                 continue;
