@@ -141,7 +141,10 @@ fn growth(settings: &Settings, folder: &Path) -> Result<()> {
         }
         for i in 2..depths.len() {
             let per_node = |r: &[[f64; 3]; 4], i: usize| (r[i][number] - r[0][number]) / (nodes[i] - nodes[0]);
-            report(&format!("{name}, per node, {} / 12 layers", depths[i]), all.iter().map(|r| per_node(r, i) / per_node(r, 1)).collect());
+            report(
+                &format!("{name}, per node, {} / 12 layers", depths[i]),
+                all.iter().map(|r| per_node(r, i) / per_node(r, 1)).collect(),
+            );
         }
     }
     Ok(())
@@ -155,10 +158,15 @@ fn huge(settings: &Settings, folder: &Path) -> Result<()> {
     let inspect = run(command(["inspect", "--json"]).arg(&model))?;
     let planned = vitrim(&["plan".as_ref(), model.as_ref(), "--by".as_ref(), "random".as_ref()], &settings.ask(), &plan)?;
     let slice = run(command(["slice", "--force", "--json"]).arg(&model).arg("--plan").arg(&plan).arg("-o").arg(&out))?;
-    let verify = run(command(["verify", "--json"]).arg(&out).arg("--against").arg(&model).args(["--runtimes", "ort", "--threads", "1"]))?;
+    let verify =
+        run(command(["verify", "--json"]).arg(&out).arg("--against").arg(&model).args(["--runtimes", "ort", "--threads", "1"]))?;
     let written = std::fs::metadata(&out)?.len() + std::fs::metadata(onnx::data_path(&out)).map_or(0, |m| m.len());
     println!("  inspect {:.2} s, {} MB anonymous; plan {planned:.2} s", inspect.seconds, inspect.anonymous / 1_000_000);
-    println!("  slice {:.2} s, {:.2} of the output ({written} bytes) anonymous", slice.seconds, slice.anonymous as f64 / written as f64);
+    println!(
+        "  slice {:.2} s, {:.2} of the output ({written} bytes) anonymous",
+        slice.seconds,
+        slice.anonymous as f64 / written as f64
+    );
     println!("  verify passes: {:.1} s, {} MB anonymous", verify.seconds, verify.anonymous / 1_000_000);
     for file in [onnx::data_path(&model), model, plan, onnx::data_path(&out), out.with_extension("plan.json"), out] {
         let _ = std::fs::remove_file(file); // an output below 2 GB may have no data file
