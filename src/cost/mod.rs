@@ -114,14 +114,13 @@ impl<'a> Model<'a> {
     /// Prepares the cost of plans that cut some groups of an anatomy.
     pub fn new(graph: &'a Graph, facts: &'a Facts, anatomy: &Anatomy, sizes: &Sizes) -> Self {
         let axes = &anatomy.axes;
-        let classes: Vec<ClassId> = anatomy.groups.iter().filter(|g| g.kind != Kind::Token).map(|g| g.leaf).collect();
         let mut tokens = BTreeMap::new();
         for site in &anatomy.tokens {
             tokens.extend(site.reach.iter().map(|(at, list)| (*at, (site.layer, list.len(), site.count))));
         }
         let mut terms: BTreeMap<(usize, usize), AxisTerms> = BTreeMap::new();
-        for class in &classes {
-            for m in &axes.classes()[*class].members {
+        for group in anatomy.groups.iter().filter(|g| g.kind != Kind::Token) {
+            for m in axes.classes()[group.leaf].members.iter().filter(|m| !group.aside.contains(&m.carrier)) {
                 terms.entry((m.carrier, m.axis)).or_insert_with(|| {
                     let mut seen: BTreeMap<Vec<usize>, Vec<(ClassId, usize)>> = BTreeMap::new();
                     for r in axes.regions((m.carrier, m.axis)) {
