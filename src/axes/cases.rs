@@ -54,25 +54,21 @@ impl Region {
     }
 }
 
-/// One case of a carrier: a cell of each of its factors.
+/// One axis of a carrier in one case. Only what lies behind the last symbolic factor has positions: the heads of `batch * heads`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Case {
-    /// Positions of each factor; `None` where symbolic.
-    pub(super) positions: Vec<Option<Vec<usize>>>,
-    /// Class and size of the factors that each cell is a product of; the positions are row-major over them.
-    pub(super) classes: Vec<Vec<(ClassId, Option<usize>)>>,
+pub(super) struct Part {
+    /// Positions behind the symbolic factors.
+    pub(super) positions: Vec<usize>,
+    /// Class and size of each factor, outermost first; the positions are row-major over those from `inner` on.
+    pub(super) classes: Vec<(ClassId, Option<usize>)>,
+    /// Number of classes up to the last symbolic factor.
+    pub(super) inner: usize,
+    /// Whether there is one.
+    pub(super) symbolic: bool,
 }
 
-/// One carrier.
-#[derive(Clone, Debug)]
-pub(super) struct Carried {
-    /// Axis of each factor, ascending.
-    pub(super) axes: Vec<usize>,
-    /// Size of each factor; `None` where symbolic.
-    pub(super) sizes: Vec<Option<usize>>,
-    /// The cases.
-    pub(super) cases: Vec<Case>,
-}
+/// A combination of cells of all axes of a carrier.
+pub(super) type Case = Vec<Part>;
 
 /// Cases of two carriers that belong together at a node, where one of them has several.
 pub(super) type Together = BTreeMap<(NodeId, CarrierId, CarrierId), Vec<(usize, usize)>>;
@@ -81,7 +77,8 @@ pub(super) type Together = BTreeMap<(NodeId, CarrierId, CarrierId), Vec<(usize, 
 pub(super) struct Unified {
     /// The classes.
     pub(super) classes: Vec<Class>,
-    carried: Vec<Carried>,
+    /// Cases of each carrier.
+    cases: Vec<Vec<Case>>,
     together: Together,
     virtual_carriers: BTreeSet<CarrierId>,
 }
@@ -89,29 +86,29 @@ pub(super) struct Unified {
 impl Unified {
     /// Merges cells that nothing tells apart, numbers the classes by first occurrence, and says of each what its axes say.
     pub(super) fn new(
-        mut carried: Vec<Carried>,
+        mut cases: Vec<Vec<Case>>,
         mut together: Together,
         virtual_carriers: BTreeSet<CarrierId>,
         barriers: Vec<(AxisOf, Barrier)>,
         sinks: &[(AxisOf, SinkSite)],
     ) -> Self {
-        merge::merge(&mut carried, &mut together);
+        merge::merge(&mut cases, &mut together);
         let mut numbers: BTreeMap<usize, ClassId> = BTreeMap::new();
         let mut classes: Vec<Class> = Vec::new();
-        for (carrier, k) in carried.iter_mut().enumerate() {
-            for (case, part) in k.cases.iter_mut().enumerate() {
-                for (list, axis) in part.classes.iter_mut().zip(&k.axes) {
-                    for (class, size) in list {
+        for (carrier, cases) in cases.iter_mut().enumerate() {
+            for (case, parts) in cases.iter_mut().enumerate() {
+                for (axis, part) in parts.iter_mut().enumerate() {
+                    for (class, size) in &mut part.classes {
                         *class = *numbers.entry(*class).or_insert_with(|| {
                             classes.push(Class { size: *size, ..Class::default() });
                             classes.len() - 1
                         });
-                        classes[*class].members.push(Member { carrier, axis: *axis, case });
+                        classes[*class].members.push(Member { carrier, axis, case });
                     }
                 }
             }
         }
-        let mut unified = Self { classes, carried, together, virtual_carriers };
+        let mut unified = Self { classes, cases, together, virtual_carriers };
         for (axis, barrier) in barriers {
             for class in unified.classes_on(axis) {
                 if !unified.classes[class].barriers.contains(&barrier) {
@@ -131,12 +128,8 @@ impl Unified {
 
     /// Classes that occur on an axis, in any case.
     pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
-        let k = &self.carried[carrier];
-        let on_axis = |case: usize| {
-            let lists = k.axes.iter().zip(&k.cases[case].classes).filter(|(a, _)| **a == axis);
-            lists.flat_map(|(_, list)| list.iter().map(|(c, _)| *c))
-        };
-        (0..k.cases.len()).flat_map(on_axis).collect::<BTreeSet<_>>().into_iter().collect()
+        let found: BTreeSet<ClassId> = self.cases[carrier].iter().flat_map(|c| &c[axis].classes).map(|(c, _)| *c).collect();
+        found.into_iter().collect()
     }
 
     /// Cases of `a` that belong together with the cases `of_b` of `b` at a node, directly or by way of values inside the node.
@@ -165,44 +158,25 @@ impl Unified {
 
     /// Number of cases of a carrier.
     pub(super) fn case_count(&self, carrier: CarrierId) -> usize {
-        self.carried[carrier].cases.len()
+        self.cases[carrier].len()
     }
 
     /// Classes of all axes of a carrier in one case, with the axis of each.
     pub(super) fn classes_in_case(&self, carrier: CarrierId, case: usize) -> Vec<(usize, ClassId)> {
-        let k = &self.carried[carrier];
-        let lists = k.axes.iter().zip(&k.cases[case].classes);
-        lists.flat_map(|(axis, list)| list.iter().map(move |(c, _)| (*axis, *c))).collect()
+        let parts = self.cases[carrier][case].iter().enumerate();
+        parts.flat_map(|(axis, part)| part.classes.iter().map(move |(c, _)| (axis, *c))).collect()
     }
 
     /// The axis in one case: which positions it covers there, and what they are made of. `None` where a size is symbolic.
     pub(super) fn region(&self, at: AxisOf, case: usize) -> Option<Region> {
-        self.region_behind(at, case, false)
+        if self.cases[at.0][case][at.1].symbolic { None } else { self.inner_region(at, case) }
     }
 
     /// The same for what lies behind the last symbolic factor of the axis: the heads of `batch * heads`.
-    pub(super) fn inner_region(&self, at: AxisOf, case: usize) -> Option<Region> {
-        self.region_behind(at, case, true)
-    }
-
-    fn region_behind(&self, (carrier, axis): AxisOf, case: usize, symbolic: bool) -> Option<Region> {
-        let k = &self.carried[carrier];
-        let part = &k.cases[case];
-        let (mut positions, mut factors) = (vec![0usize], Vec::new());
-        for local in (0..k.axes.len()).filter(|l| k.axes[*l] == axis) {
-            let (Some(size), Some(cell)) = (k.sizes[local], &part.positions[local]) else {
-                if !symbolic {
-                    return None;
-                }
-                (positions, factors) = (vec![0usize], Vec::new());
-                continue;
-            };
-            positions = positions.iter().flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
-            for (class, size) in &part.classes[local] {
-                factors.push((*class, (*size)?));
-            }
-        }
-        Some(Region { positions, factors })
+    pub(super) fn inner_region(&self, (carrier, axis): AxisOf, case: usize) -> Option<Region> {
+        let part = &self.cases[carrier][case][axis];
+        let factors = part.classes[part.inner..].iter().map(|(class, size)| Some((*class, (*size)?)));
+        Some(Region { positions: part.positions.clone(), factors: factors.collect::<Option<_>>()? })
     }
 
     /// The axis in all cases, cases that look alike on it taken once.
@@ -211,6 +185,26 @@ impl Unified {
         for region in (0..self.case_count(at.0)).filter_map(|case| self.region(at, case)) {
             if !out.contains(&region) {
                 out.push(region);
+            }
+        }
+        out
+    }
+
+    /// The whole axis as it looks along each combination of cells of the other axes: regions that share no position and leave
+    /// none out. Nothing where the size is symbolic.
+    pub(super) fn sections(&self, (carrier, axis): AxisOf) -> Vec<Vec<Region>> {
+        let cases = &self.cases[carrier];
+        let mut seen: BTreeSet<Vec<usize>> = BTreeSet::new();
+        let mut out = Vec::new();
+        for anchor in cases {
+            let beside = |case: &Case| {
+                let others = case.iter().zip(anchor).enumerate().filter(|(other, _)| *other != axis);
+                others.into_iter().all(|(_, (part, of_anchor))| part.positions.contains(&of_anchor.positions[0]))
+            };
+            let section: Vec<usize> = (0..cases.len()).filter(|c| beside(&cases[*c])).collect();
+            let regions: Option<Vec<Region>> = section.iter().map(|case| self.region((carrier, axis), *case)).collect();
+            if seen.insert(section) {
+                out.extend(regions);
             }
         }
         out

@@ -5,11 +5,11 @@
 //! other wherever one of them occurs: they become one class of `E`, and v has one case. The halves of q and k are not merged: they
 //! are one class already (pairs).
 
-use super::cases::{Carried, Case, ClassId, Together};
+use super::cases::{Case, ClassId, Part, Together};
 use super::collect::CarrierId;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// One occurrence of a class: carrier, case, factor of the carrier, number among the classes of that factor's cell.
+/// One occurrence of a class: carrier, case, axis, number among the classes of the axis.
 type Place = (CarrierId, usize, usize, usize);
 
 /// For each coordinate of a merged class: whether it is of the second, and which one.
@@ -24,18 +24,19 @@ struct Join {
 }
 
 /// Merges until nothing more can be.
-pub(super) fn merge(carried: &mut [Carried], together: &mut Together) {
-    let mut next: ClassId = classes(carried).max().map_or(0, |c| c + 1);
+pub(super) fn merge(carriers: &mut [Vec<Case>], together: &mut Together) {
+    let classes = carriers.iter().flatten().flatten().flat_map(|part| &part.classes).map(|(c, _)| *c);
+    let mut next: ClassId = classes.max().map_or(0, |c| c + 1);
     loop {
-        let places = places_of(carried);
+        let places = places_of(carriers);
         let mut touched: BTreeSet<ClassId> = BTreeSet::new();
-        let mut joins: Vec<Join> = Vec::new();
         let mut busy: BTreeSet<(CarrierId, usize)> = BTreeSet::new();
-        for (a, b) in candidates(carried) {
+        let mut joins: Vec<Join> = Vec::new();
+        for (a, b) in candidates(carriers) {
             if touched.contains(&a) || touched.contains(&b) {
                 continue;
             }
-            let Some(found) = joins_of(carried, &places, (a, b), next) else { continue };
+            let Some(found) = joins_of(carriers, &places, (a, b), next) else { continue };
             if found.iter().any(|j| busy.contains(&(j.carrier, j.into)) || busy.contains(&(j.carrier, j.gone))) {
                 continue;
             }
@@ -47,21 +48,17 @@ pub(super) fn merge(carried: &mut [Carried], together: &mut Together) {
         if joins.is_empty() {
             return;
         }
-        apply(carried, together, joins);
+        apply(carriers, together, joins);
     }
 }
 
-fn classes(carried: &[Carried]) -> impl Iterator<Item = ClassId> {
-    carried.iter().flat_map(|k| &k.cases).flat_map(|p| &p.classes).flatten().map(|(c, _)| *c)
-}
-
-fn places_of(carried: &[Carried]) -> BTreeMap<ClassId, Vec<Place>> {
+fn places_of(carriers: &[Vec<Case>]) -> BTreeMap<ClassId, Vec<Place>> {
     let mut places: BTreeMap<ClassId, Vec<Place>> = BTreeMap::new();
-    for (carrier, k) in carried.iter().enumerate() {
-        for (case, part) in k.cases.iter().enumerate() {
-            for (local, list) in part.classes.iter().enumerate() {
-                for (n, (class, _)) in list.iter().enumerate() {
-                    places.entry(*class).or_default().push((carrier, case, local, n));
+    for (carrier, cases) in carriers.iter().enumerate() {
+        for (case, parts) in cases.iter().enumerate() {
+            for (axis, part) in parts.iter().enumerate() {
+                for (n, (class, _)) in part.classes.iter().enumerate() {
+                    places.entry(*class).or_default().push((carrier, case, axis, n));
                 }
             }
         }
@@ -70,13 +67,13 @@ fn places_of(carried: &[Carried]) -> BTreeMap<ClassId, Vec<Place>> {
 }
 
 /// Classes that stand beside each other somewhere.
-fn candidates(carried: &[Carried]) -> BTreeSet<(ClassId, ClassId)> {
+fn candidates(carriers: &[Vec<Case>]) -> BTreeSet<(ClassId, ClassId)> {
     let mut found = BTreeSet::new();
-    for k in carried {
-        for (i, a) in k.cases.iter().enumerate() {
-            for b in &k.cases[i + 1..] {
-                if let Some((local, n)) = difference(a, b) {
-                    let (x, y) = (a.classes[local][n].0, b.classes[local][n].0);
+    for cases in carriers {
+        for (i, a) in cases.iter().enumerate() {
+            for b in &cases[i + 1..] {
+                if let Some((axis, n)) = difference(a, b) {
+                    let (x, y) = (a[axis].classes[n].0, b[axis].classes[n].0);
                     found.insert((x.min(y), x.max(y)));
                 }
             }
@@ -85,20 +82,19 @@ fn candidates(carried: &[Carried]) -> BTreeSet<(ClassId, ClassId)> {
     found
 }
 
-/// The factor and the number of the class in its cell, where two cases of a carrier differ in just that.
+/// The axis and the number of the class on it, where two cases of a carrier differ in just that.
 fn difference(a: &Case, b: &Case) -> Option<(usize, usize)> {
-    let differs = |l: &usize| a.positions[*l] != b.positions[*l] || a.classes[*l] != b.classes[*l];
-    let mut locals = (0..a.classes.len()).filter(differs);
-    let (local, None) = (locals.next()?, locals.next()) else { return None };
-    let (x, y) = (&a.classes[local], &b.classes[local]);
+    let mut axes = (0..a.len()).filter(|axis| a[*axis] != b[*axis]);
+    let (axis, None) = (axes.next()?, axes.next()) else { return None };
+    let (x, y) = (&a[axis].classes, &b[axis].classes);
     let mut numbers = (0..x.len()).filter(|n| x.get(*n) != y.get(*n));
     let (n, None) = (numbers.next()?, numbers.next()) else { return None };
-    (x.len() == y.len() && x[n].0 != y[n].0).then_some((local, n))
+    (x.len() == y.len() && n >= a[axis].inner && x[n].0 != y[n].0).then_some((axis, n))
 }
 
 /// How all cases with `a` join those with `b`; `None` where one of the two stands alone, or they lie differently somewhere.
 fn joins_of(
-    carried: &[Carried],
+    carriers: &[Vec<Case>],
     places: &BTreeMap<ClassId, Vec<Place>>,
     (a, b): (ClassId, ClassId),
     merged: ClassId,
@@ -110,33 +106,36 @@ fn joins_of(
     let mut order: Option<Order> = None;
     let mut out: Vec<Join> = Vec::with_capacity(of_a.len());
     let mut beside: BTreeSet<Place> = BTreeSet::new();
-    for (carrier, case, local, n) in of_a {
-        let cases = &carried[*carrier].cases;
-        let is_beside = |p: &&Place| {
-            (p.0, p.2, p.3) == (*carrier, *local, *n) && difference(&cases[*case], &cases[p.1]) == Some((*local, *n))
-        };
-        let other = *of_b.iter().find(is_beside)?;
-        if !beside.insert(other) || out.iter().any(|j| j.carrier == *carrier && j.into == *case) {
+    for (carrier, case, axis, n) in of_a {
+        let cases = &carriers[*carrier];
+        let is_beside =
+            |p: &&Place| (p.0, p.2, p.3) == (*carrier, *axis, *n) && difference(&cases[*case], &cases[p.1]) == Some((*axis, *n));
+        // Places are in the order of carriers.
+        let first = of_b.partition_point(|p| p.0 < *carrier);
+        let other = *of_b[first..].iter().take_while(|p| p.0 == *carrier).find(is_beside)?;
+        if !beside.insert(other) || out.iter().rev().any(|j| j.carrier == *carrier && j.into == *case) {
             return None;
         }
-        let (part, lies) = joined(&cases[*case], &cases[other.1], *local, *n, merged)?;
+        let (part, lies) = joined(&cases[*case][*axis], &cases[other.1][*axis], *n, merged)?;
         if order.get_or_insert_with(|| lies.clone()) != &lies {
             return None;
         }
-        out.push(Join { carrier: *carrier, into: *case, gone: other.1, merged: part });
+        let mut merged = cases[*case].clone();
+        merged[*axis] = part;
+        out.push(Join { carrier: *carrier, into: *case, gone: other.1, merged });
     }
     Some(out)
 }
 
-/// Both cases as one, and how the coordinates of their classes lie in each other.
-fn joined(a: &Case, b: &Case, local: usize, n: usize, merged: ClassId) -> Option<(Case, Order)> {
-    let sizes: Vec<usize> = a.classes[local].iter().map(|(_, s)| *s).collect::<Option<_>>()?;
-    let (size_a, size_b) = (sizes[n], b.classes[local][n].1?);
-    let (outer, inner): (usize, usize) = (sizes[..n].iter().product(), sizes[n + 1..].iter().product());
-    let (cell_a, cell_b) = (a.positions[local].as_ref()?, b.positions[local].as_ref()?);
+/// Both parts as one, and how the coordinates of their classes lie in each other.
+fn joined(a: &Part, b: &Part, n: usize, merged: ClassId) -> Option<(Part, Order)> {
+    let sizes: Vec<usize> = a.classes[a.inner..].iter().map(|(_, s)| *s).collect::<Option<_>>()?;
+    let (size_a, size_b) = (a.classes[n].1?, b.classes[n].1?);
+    let at = n - a.inner;
+    let (outer, inner): (usize, usize) = (sizes[..at].iter().product(), sizes[at + 1..].iter().product());
     let position = |(second, coordinate): (bool, usize), o: usize, i: usize| {
-        let (cell, size) = if second { (cell_b, size_b) } else { (cell_a, size_a) };
-        cell.get((o * size + coordinate) * inner + i).copied()
+        let (positions, size) = if second { (&b.positions, size_b) } else { (&a.positions, size_a) };
+        positions.get((o * size + coordinate) * inner + i).copied()
     };
     let lies = |o: usize, i: usize| -> Option<Order> {
         let both = (0..size_a).map(|c| (false, c)).chain((0..size_b).map(|c| (true, c)));
@@ -145,7 +144,7 @@ fn joined(a: &Case, b: &Case, local: usize, n: usize, merged: ClassId) -> Option
         Some(at.into_iter().map(|(_, c)| c).collect())
     };
     let order = lies(0, 0)?;
-    let mut positions = Vec::with_capacity(cell_a.len() + cell_b.len());
+    let mut positions = Vec::with_capacity(a.positions.len() + b.positions.len());
     for o in 0..outer {
         if (0..inner).any(|i| lies(o, i).as_ref() != Some(&order)) {
             return None;
@@ -154,21 +153,20 @@ fn joined(a: &Case, b: &Case, local: usize, n: usize, merged: ClassId) -> Option
             positions.extend((0..inner).filter_map(|i| position(*coordinate, o, i)));
         }
     }
-    let mut part = a.clone();
-    part.positions[local] = Some(positions);
-    part.classes[local][n] = (merged, Some(size_a + size_b));
+    let mut part = Part { positions, ..a.clone() };
+    part.classes[n] = (merged, Some(size_a + size_b));
     Some((part, order))
 }
 
-fn apply(carried: &mut [Carried], together: &mut Together, joins: Vec<Join>) {
+fn apply(carriers: &mut [Vec<Case>], together: &mut Together, joins: Vec<Join>) {
     let mut gone: BTreeMap<CarrierId, BTreeMap<usize, usize>> = BTreeMap::new();
     for join in joins {
-        carried[join.carrier].cases[join.into] = join.merged;
+        carriers[join.carrier][join.into] = join.merged;
         gone.entry(join.carrier).or_default().insert(join.gone, join.into);
     }
     let mut renumbered: BTreeMap<CarrierId, Vec<usize>> = BTreeMap::new();
     for (carrier, gone) in &gone {
-        let cases = &mut carried[*carrier].cases;
+        let cases = &mut carriers[*carrier];
         let mut left = 0;
         let mut numbers = vec![0; cases.len()];
         for (case, number) in numbers.iter_mut().enumerate().filter(|(case, _)| !gone.contains_key(case)) {
@@ -199,61 +197,67 @@ fn apply(carried: &mut [Carried], together: &mut Together, joins: Vec<Join>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::graph::{Id, NodeId};
 
-    fn case(cells: &[(&[usize], &[(ClassId, usize)])]) -> Case {
-        Case {
-            positions: cells.iter().map(|(p, _)| Some(p.to_vec())).collect(),
-            classes: cells.iter().map(|(_, c)| c.iter().map(|(c, n)| (*c, Some(*n))).collect()).collect(),
-        }
+    fn case(axes: &[(&[usize], &[(ClassId, usize)])]) -> Case {
+        let part = |(positions, classes): &(&[usize], &[(ClassId, usize)])| Part {
+            positions: positions.to_vec(),
+            classes: classes.iter().map(|(c, n)| (*c, Some(*n))).collect(),
+            inner: 0,
+            symbolic: false,
+        };
+        axes.iter().map(part).collect()
     }
 
-    fn carrier(sizes: &[usize], cases: Vec<Case>) -> Carried {
-        Carried { axes: (0..sizes.len()).collect(), sizes: sizes.iter().map(|s| Some(*s)).collect(), cases }
-    }
+    const LOW: &[usize] = &[0, 1];
+    const HIGH: &[usize] = &[2, 3];
+    const WHOLE: &[usize] = &[0, 1, 2, 3];
 
     #[test]
     fn halves_that_are_always_together_are_one() {
-        // q | v of heads of width 4: the halves of q are one class, those of v are two.
-        let (low, high): (&[usize], &[usize]) = (&[0, 1], &[2, 3]);
+        // q | v of width 4: the halves of q are one class, those of v are two.
         let fused = vec![
-            case(&[(&[0], &[]), (low, &[(7, 2)])]),
-            case(&[(&[0], &[]), (high, &[(7, 2)])]),
-            case(&[(&[1], &[]), (low, &[(8, 2)])]),
-            case(&[(&[1], &[]), (high, &[(9, 2)])]),
+            case(&[(&[0], &[]), (LOW, &[(7, 2)])]),
+            case(&[(&[0], &[]), (HIGH, &[(7, 2)])]),
+            case(&[(&[1], &[]), (LOW, &[(8, 2)])]),
+            case(&[(&[1], &[]), (HIGH, &[(9, 2)])]),
         ];
-        let value = vec![case(&[(low, &[(8, 2)])]), case(&[(high, &[(9, 2)])])];
-        let mut all = [carrier(&[2, 4], fused), carrier(&[4], value)];
-        let mut together = Together::from([((crate::graph::Id::new(0), 0, 1), vec![(2, 0), (3, 1)])]);
+        let value = vec![case(&[(LOW, &[(8, 2)])]), case(&[(HIGH, &[(9, 2)])])];
+        let mut all = [fused, value];
+        let mut together = Together::from([((NodeId::new(0), 0, 1), vec![(2, 0), (3, 1)])]);
         merge(&mut all, &mut together);
-        assert_eq!(all[0].cases.len(), 3);
-        assert_eq!(all[0].cases[2], case(&[(&[1], &[]), (&[0, 1, 2, 3], &[(10, 4)])]));
-        assert_eq!(all[1].cases, [case(&[(&[0, 1, 2, 3], &[(10, 4)])])]);
+        assert_eq!(all[0].len(), 3);
+        assert_eq!(all[0][2], case(&[(&[1], &[]), (WHOLE, &[(10, 4)])]));
+        assert_eq!(all[1], [case(&[(WHOLE, &[(10, 4)])])]);
         assert_eq!(together.into_values().collect::<Vec<_>>(), [[(2, 0)]]);
     }
 
     #[test]
     fn what_stands_alone_somewhere_stays_apart() {
-        let both = vec![case(&[(&[0, 1], &[(0, 2)])]), case(&[(&[2, 3], &[(1, 2)])])];
-        let mut all = [carrier(&[4], both.clone()), carrier(&[2], vec![case(&[(&[0, 1], &[(0, 2)])])])];
+        let both = vec![case(&[(LOW, &[(0, 2)])]), case(&[(HIGH, &[(1, 2)])])];
+        let mut all = [both.clone(), vec![case(&[(LOW, &[(0, 2)])])]];
         merge(&mut all, &mut Together::new());
-        assert_eq!(all[0].cases, both);
+        assert_eq!(all[0], both);
     }
 
     #[test]
     fn what_lies_differently_stays_apart() {
-        let halves = vec![case(&[(&[0, 1], &[(0, 2)])]), case(&[(&[2, 3], &[(1, 2)])])];
+        let halves = vec![case(&[(LOW, &[(0, 2)])]), case(&[(HIGH, &[(1, 2)])])];
         let neighbours = vec![case(&[(&[0, 2], &[(0, 2)])]), case(&[(&[1, 3], &[(1, 2)])])];
-        let mut all = [carrier(&[4], halves.clone()), carrier(&[4], neighbours)];
+        let mut all = [halves.clone(), neighbours.clone()];
         merge(&mut all, &mut Together::new());
-        assert_eq!(all[0].cases, halves);
+        assert_eq!(all, [halves, neighbours.clone()]);
+        let mut all = [neighbours];
+        merge(&mut all, &mut Together::new());
+        assert_eq!(all[0], [case(&[(WHOLE, &[(2, 4)])])]);
     }
 
     #[test]
     fn factors_around_the_halves_stay() {
-        // Flat `heads x width` of 2 x 4, cut into halves of the width.
+        // Flat `heads x width` of 2 x 4, in halves of the width.
         let flat = vec![case(&[(&[0, 1, 4, 5], &[(5, 2), (0, 2)])]), case(&[(&[2, 3, 6, 7], &[(5, 2), (1, 2)])])];
-        let mut all = [carrier(&[8], flat)];
+        let mut all = [flat];
         merge(&mut all, &mut Together::new());
-        assert_eq!(all[0].cases, [case(&[(&[0, 1, 2, 3, 4, 5, 6, 7], &[(5, 2), (6, 4)])])]);
+        assert_eq!(all[0], [case(&[(&[0, 1, 2, 3, 4, 5, 6, 7], &[(5, 2), (6, 4)])])]);
     }
 }

@@ -128,6 +128,11 @@ impl Axes {
         self.unified.inner_region(at, case)
     }
 
+    /// The whole axis, as disjoint regions, along each combination of cells of the other axes.
+    pub fn sections(&self, at: AxisOf) -> Vec<Vec<Region>> {
+        self.unified.sections(at)
+    }
+
     /// The axis in all cases, cases that look alike on it taken once.
     pub fn regions(&self, at: AxisOf) -> Vec<Region> {
         self.unified.regions(at)

@@ -4,7 +4,7 @@
 //! fused projection has three, in which `H` and `E` are those of q, of k and of v. Inside a case factors may be products again
 //! (the cell of q in a fused axis of `H*E + 2*KV*E` is `H x E`), so they are refined once more, and then united.
 
-use super::cases::{Carried, Case, Together, Unified};
+use super::cases::{Case, Part, Together, Unified};
 use super::collect::{AxisOf, Barrier, CarrierId, Collected, Of, Relation};
 use super::partition::Partition;
 use super::refine::{FactorPair, Refiner};
@@ -337,25 +337,29 @@ fn classes_of(
             union.unite(first[sa] + ka, first[sb] + kb);
         }
     }
-    let mut carried: Vec<Carried> = Vec::with_capacity(cases.len());
-    for k in cases {
-        let axes = k.factors.iter().map(|f| factor_home[f].1).collect();
-        let mut parts = Vec::with_capacity(k.count);
-        for case in 0..k.count {
+    let mut classes: Vec<Vec<Case>> = Vec::with_capacity(cases.len());
+    for (k, carrier) in cases.iter().zip(&all.carriers) {
+        let parts_in = |case: usize| {
+            let whole = Part { positions: vec![0], classes: Vec::new(), inner: 0, symbolic: false };
+            let mut parts = vec![whole; carrier.shape.len()];
             let cells = k.cells(case);
-            let positions = |(local, f): (usize, &usize)| {
-                p.sizes[*f].map(|size| if k.radix[local] > 1 { p.cells(*f)[cells[local]].clone() } else { (0..size).collect() })
-            };
-            let classes = (0..k.factors.len()).map(|local| {
+            for (local, f) in k.factors.iter().enumerate() {
+                let part = &mut parts[factor_home[f].1];
                 let slot = k.slot(case, local);
                 let sizes = refiner.factors[slot].iter().enumerate();
-                sizes.map(|(n, size)| (union.find(first[slot] + n), size.size())).collect()
-            });
-            let classes = classes.collect();
-            parts.push(Case { positions: k.factors.iter().enumerate().map(positions).collect(), classes });
-        }
-        carried.push(Carried { axes, sizes: k.factors.iter().map(|f| p.sizes[*f]).collect(), cases: parts });
+                part.classes.extend(sizes.map(|(n, size)| (union.find(first[slot] + n), size.size())));
+                let Some(size) = p.sizes[*f] else {
+                    (part.positions, part.inner, part.symbolic) = (vec![0], part.classes.len(), true);
+                    continue;
+                };
+                let cell = if k.radix[local] > 1 { p.cells(*f)[cells[local]].clone() } else { (0..size).collect() };
+                let bases = part.positions.iter();
+                part.positions = bases.flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
+            }
+            parts
+        };
+        classes.push((0..k.count).map(parts_in).collect());
     }
     let virtuals = all.carriers.iter().enumerate().filter(|(_, c)| matches!(c.of, Of::Virtual(..)));
-    Unified::new(carried, together, virtuals.map(|(c, _)| c).collect(), barriers, &all.sinks)
+    Unified::new(classes, together, virtuals.map(|(c, _)| c).collect(), barriers, &all.sinks)
 }

@@ -122,11 +122,8 @@ impl<'a> Model<'a> {
         for group in anatomy.groups.iter().filter(|g| g.kind != Kind::Token) {
             for m in axes.classes()[group.leaf].members.iter().filter(|m| !group.aside.contains(&m.carrier)) {
                 terms.entry((m.carrier, m.axis)).or_insert_with(|| {
-                    let mut seen: BTreeMap<Vec<usize>, Vec<(ClassId, usize)>> = BTreeMap::new();
-                    for r in axes.regions((m.carrier, m.axis)) {
-                        seen.entry(r.positions).or_insert(r.factors);
-                    }
-                    seen.into_values().collect()
+                    let section = axes.sections((m.carrier, m.axis)).into_iter().next();
+                    section.unwrap_or_default().into_iter().map(|r| r.factors).collect()
                 });
             }
         }

@@ -182,33 +182,35 @@ impl<'a> CutSet<'a> {
 
     /// What stays of an axis of a carrier, all cases together.
     pub fn stays(&self, at: AxisOf) -> Stays {
-        let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
-        let mut ragged = false;
-        for region in self.anatomy.axes.regions(at) {
-            let gone = self.gone_in(at.0, &region);
-            let count = |g: &[bool]| g.iter().filter(|x| **x).count();
-            match patterns.get(&region.positions) {
-                Some(known) => ragged |= count(known) != count(&gone),
-                None => {
-                    patterns.insert(region.positions, gone);
+        let sections = self.anatomy.axes.sections(at);
+        if sections.is_empty() {
+            let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c));
+            return if cut { Stays::Scaled } else { Stays::Whole };
+        }
+        // The first section stands for all of them, as long as the others keep as much: in all, and of equal cells.
+        let mut counts: BTreeMap<&[usize], usize> = BTreeMap::new();
+        let mut first: Option<Vec<usize>> = None;
+        let mut lost = false;
+        for section in &sections {
+            let mut kept: Vec<usize> = Vec::new();
+            for region in section {
+                let gone = self.gone_in(at.0, region);
+                lost |= gone.contains(&true);
+                let left = region.positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p);
+                let before = kept.len();
+                kept.extend(left);
+                let count = kept.len() - before;
+                if *counts.entry(&region.positions).or_insert(count) != count {
+                    return Stays::Ragged;
                 }
             }
+            kept.sort_unstable();
+            let one = first.get_or_insert_with(|| kept.clone());
+            if one.len() != kept.len() {
+                return Stays::Ragged;
+            }
         }
-        if ragged {
-            return Stays::Ragged;
-        }
-        let symbolic = patterns.is_empty();
-        if symbolic && self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c)) {
-            return Stays::Scaled;
-        }
-        let mut kept: Vec<usize> = Vec::new();
-        let mut lost = false;
-        for (positions, gone) in patterns {
-            lost |= gone.iter().any(|g| *g);
-            kept.extend(positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p));
-        }
-        kept.sort_unstable();
-        if lost { Stays::Positions(kept) } else { Stays::Whole }
+        if lost { Stays::Positions(first.unwrap_or_default()) } else { Stays::Whole }
     }
 
     /// What stays of an axis of a carrier in one case, and the positions that the case covers.
