@@ -59,12 +59,22 @@ impl Region {
 pub(super) struct Part {
     /// Positions behind the symbolic factors.
     pub(super) positions: Vec<usize>,
+    /// Positions between symbolic factors, and before the first: they tell cases apart.
+    pub(super) outer: Vec<Vec<usize>>,
     /// Class and size of each factor, outermost first; the positions are row-major over those from `inner` on.
     pub(super) classes: Vec<(ClassId, Option<usize>)>,
     /// Number of classes up to the last symbolic factor.
     pub(super) inner: usize,
     /// Whether there is one.
     pub(super) symbolic: bool,
+}
+
+impl Part {
+    /// Whether the first position of `anchor` is one of this part.
+    fn overlaps(&self, anchor: &Part) -> bool {
+        let among = |(own, of_anchor): (&Vec<usize>, &Vec<usize>)| of_anchor.first().is_none_or(|p| own.contains(p));
+        among((&self.positions, &anchor.positions)) && self.outer.iter().zip(&anchor.outer).all(among)
+    }
 }
 
 /// A combination of cells of all axes of a carrier.
@@ -198,8 +208,8 @@ impl Unified {
         let mut out = Vec::new();
         for anchor in cases {
             let beside = |case: &Case| {
-                let others = case.iter().zip(anchor).enumerate().filter(|(other, _)| *other != axis);
-                others.into_iter().all(|(_, (part, of_anchor))| part.positions.contains(&of_anchor.positions[0]))
+                let mut others = case.iter().zip(anchor).enumerate().filter(|(other, _)| *other != axis);
+                others.all(|(_, (part, of_anchor))| part.overlaps(of_anchor))
             };
             let section: Vec<usize> = (0..cases.len()).filter(|c| beside(&cases[*c])).collect();
             let regions: Option<Vec<Region>> = section.iter().map(|case| self.region((carrier, axis), *case)).collect();

@@ -87,9 +87,12 @@ fn difference(a: &Case, b: &Case) -> Option<(usize, usize)> {
     let mut axes = (0..a.len()).filter(|axis| a[*axis] != b[*axis]);
     let (axis, None) = (axes.next()?, axes.next()) else { return None };
     let (x, y) = (&a[axis].classes, &b[axis].classes);
-    let mut numbers = (0..x.len()).filter(|n| x.get(*n) != y.get(*n));
+    if x.len() != y.len() || a[axis].outer != b[axis].outer || a[axis].inner != b[axis].inner {
+        return None;
+    }
+    let mut numbers = (0..x.len()).filter(|n| x[*n] != y[*n]);
     let (n, None) = (numbers.next()?, numbers.next()) else { return None };
-    (x.len() == y.len() && n >= a[axis].inner && x[n].0 != y[n].0).then_some((axis, n))
+    (n >= a[axis].inner && x[n].0 != y[n].0).then_some((axis, n))
 }
 
 /// How all cases with `a` join those with `b`; `None` where one of the two stands alone, or they lie differently somewhere.
@@ -203,6 +206,7 @@ mod tests {
         let part = |(positions, classes): &(&[usize], &[(ClassId, usize)])| Part {
             positions: positions.to_vec(),
             classes: classes.iter().map(|(c, n)| (*c, Some(*n))).collect(),
+            outer: Vec::new(),
             inner: 0,
             symbolic: false,
         };

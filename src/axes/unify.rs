@@ -340,7 +340,7 @@ fn classes_of(
     let mut classes: Vec<Vec<Case>> = Vec::with_capacity(cases.len());
     for (k, carrier) in cases.iter().zip(&all.carriers) {
         let parts_in = |case: usize| {
-            let whole = Part { positions: vec![0], classes: Vec::new(), inner: 0, symbolic: false };
+            let whole = Part { positions: vec![0], outer: Vec::new(), classes: Vec::new(), inner: 0, symbolic: false };
             let mut parts = vec![whole; carrier.shape.len()];
             let cells = k.cells(case);
             for (local, f) in k.factors.iter().enumerate() {
@@ -349,7 +349,8 @@ fn classes_of(
                 let sizes = refiner.factors[slot].iter().enumerate();
                 part.classes.extend(sizes.map(|(n, size)| (union.find(first[slot] + n), size.size())));
                 let Some(size) = p.sizes[*f] else {
-                    (part.positions, part.inner, part.symbolic) = (vec![0], part.classes.len(), true);
+                    part.outer.push(std::mem::replace(&mut part.positions, vec![0]));
+                    (part.inner, part.symbolic) = (part.classes.len(), true);
                     continue;
                 };
                 let cell = if k.radix[local] > 1 { p.cells(*f)[cells[local]].clone() } else { (0..size).collect() };
