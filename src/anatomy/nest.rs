@@ -7,6 +7,7 @@
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, CarrierId, ClassId, Member, Of};
 use crate::graph::{Graph, Id, Use};
+use crate::ops;
 use std::collections::BTreeSet;
 
 /// The heads that a class is nested in.
@@ -106,7 +107,7 @@ fn uses(
                 }
                 continue;
             }
-            let factor = matches!((node.op(), at.slot), ("Mul", _) | ("Div", 1)) && node.domain().is_empty();
+            let factor = matches!(node.op(), "Mul" | "Div") && ops::is_factor(node.domain(), node.op(), at.slot);
             let product = node.output(0).filter(|_| factor)?.index();
             let known = |c: &ClassId| {
                 let on = |axis: &usize| axes.classes_on((product, *axis)).contains(c);
