@@ -9,6 +9,7 @@
 
 mod attention;
 mod group;
+mod nest;
 mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};

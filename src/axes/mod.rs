@@ -7,21 +7,23 @@
 //! sums over it), and whose E of v is another, which also is the inner factor of the rows of the output projection.
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
 
+mod cases;
 mod collect;
+mod merge;
 mod partition;
 mod refine;
 pub mod relation;
 mod unify;
 
+pub use cases::{Class, ClassId, Member, Region};
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
-pub use unify::{Class, ClassId, Member, Region};
 
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, NodeId};
 use crate::infer::Facts;
+use cases::Unified;
 use collect::{Collected, Relation};
 use refine::Refiner;
-use unify::Unified;
 
 /// The result: carriers, the classes of factors their axes are made of, and what stands in the way of cutting them.
 pub struct Axes {
@@ -119,6 +121,16 @@ impl Axes {
     /// The axis in one case.
     pub fn region(&self, at: AxisOf, case: usize) -> Option<Region> {
         self.unified.region(at, case)
+    }
+
+    /// The axis in one case, behind its last symbolic factor.
+    pub fn inner_region(&self, at: AxisOf, case: usize) -> Option<Region> {
+        self.unified.inner_region(at, case)
+    }
+
+    /// The whole axis, as disjoint regions, along each combination of cells of the other axes.
+    pub fn sections(&self, at: AxisOf) -> Vec<Vec<Region>> {
+        self.unified.sections(at)
     }
 
     /// The axis in all cases, cases that look alike on it taken once.
