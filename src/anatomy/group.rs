@@ -4,11 +4,11 @@
 //! dims, and [`Group::bundle`] says which of them go together.
 
 use crate::axes::relation::Slot;
-use crate::axes::{Axes, AxisOf, Class, ClassId, Of, Region};
+use crate::axes::{Axes, AxisOf, CarrierId, Class, ClassId, Of, Region};
 use crate::graph::{Graph, NodeId, Use, ValueId};
 use crate::infer::Facts;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a group is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -283,9 +283,9 @@ fn site_index(
         }
     }
     // Stored dims of one coordinate are told apart by their order along the axis.
-    let mut seen: std::collections::BTreeMap<(usize, usize), usize> = std::collections::BTreeMap::new();
+    let mut seen: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let width = group.stored.len();
-    let unit = |(row, leaf): (usize, usize), seen: &mut std::collections::BTreeMap<(usize, usize), usize>| {
+    let unit = |(row, leaf): (usize, usize), seen: &mut BTreeMap<(usize, usize), usize>| {
         let same: Vec<usize> = (0..width).filter(|s| group.stored[*s] == leaf).collect();
         let n = seen.entry((row, leaf)).or_insert(0);
         let stored = same[*n % same.len()];
@@ -337,6 +337,30 @@ pub(super) fn is_born(axes: &Axes, class: &Class) -> bool {
         .iter()
         .filter(constant)
         .any(|m| !ends.contains(&(m.carrier, m.axis)) && axes.carriers()[m.carrier].shape.iter().filter(|d| !d.is(1)).count() > 1)
+}
+
+/// Classes that come out of a weight: they occur on an axis of a constant that is contracted with data along another. The number of
+/// windows of an image, which a mask may have as an axis, is none of them.
+pub(super) fn grown_from_weights(graph: &Graph, axes: &Axes) -> BTreeSet<ClassId> {
+    let mut ends: BTreeMap<CarrierId, BTreeSet<usize>> = BTreeMap::new();
+    for sink in axes.classes().iter().flat_map(|c| &c.sinks) {
+        let Some(b) = sink.b else { continue };
+        let sides = [sink.a, b].map(|(slot, axis)| (axes.carrier_at(graph, sink.node, slot), axis));
+        let constant = |c: Option<CarrierId>| c.is_some_and(|c| axes.carriers()[c].constant);
+        for ((weight, axis), (data, _)) in [(sides[0], sides[1]), (sides[1], sides[0])] {
+            if let (Some(weight), true, false) = (weight, constant(weight), constant(data)) {
+                ends.entry(weight).or_default().insert(axis);
+            }
+        }
+    }
+    let mut grown = BTreeSet::new();
+    for (id, class) in axes.classes().iter().enumerate() {
+        let another = |m: &crate::axes::Member| ends.get(&m.carrier).is_some_and(|e| e.iter().any(|axis| *axis != m.axis));
+        if class.members.iter().any(another) {
+            grown.insert(id);
+        }
+    }
+    grown
 }
 
 /// Whether the class is contracted with a weight.
