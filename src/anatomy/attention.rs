@@ -156,7 +156,7 @@ fn spelled_out(
     let carried = intersection(&values, &results);
     let vo = difference(&difference(&difference(&carried, &either), &matrix), &qk);
     let mut head = difference(&intersection(&matrix, weights), &rows);
-    head.retain(|c| !qk.contains(c) && !walk.is_normalized(*c) && (values.contains(c) || into_weight(c)));
+    head.retain(|c| !qk.contains(c) && !walk.is_token(*c) && (values.contains(c) || into_weight(c)));
     let ids: Vec<NodeId> = mixes.iter().map(|(n, _)| *n).collect();
     let place = logits.iter().map(|id| places[id.index()]).fold(places[softmax.index()], usize::min);
     let layer = AttentionLayer {
@@ -210,6 +210,12 @@ impl Walk<'_> {
     /// Whether the softmax is normalized over the class: keys, or dims of keys.
     fn is_normalized(&self, class: ClassId) -> bool {
         self.axes.classes()[class].barriers.iter().any(|b| b.node == Some(self.softmax))
+    }
+
+    /// Whether any softmax is normalized over the class. Windows of one layer are parts of the keys of another.
+    fn is_token(&self, class: ClassId) -> bool {
+        let softmax = |id: NodeId| self.graph.node(id).op() == "Softmax";
+        self.axes.classes()[class].barriers.iter().any(|b| b.node.is_some_and(softmax))
     }
 
     /// Products of two activations that reach the softmax's input.

@@ -62,7 +62,7 @@ pub static RULES: &[OpRule] = &[
         axes: Axes::Rule(tile_axes),
         grad: Grad::Rule(tile_grad),
         cost: Cost::Free,
-        refit: Refit::Nothing,
+        refit: Refit::Rule(tile_refit),
     },
 ];
 
@@ -309,6 +309,15 @@ fn tile_axes(cx: &AxesCx<'_>) -> Relations {
     relations
 }
 
+/// Repeats of cut axes that had one position; others are cut in the input.
+fn tile_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+    let input = cx.old_input(0);
+    let stretched = (0..input.len()).filter(|a| input[*a].is(1));
+    let entries = stretched.filter_map(|a| cx.kept_output(0, a).map(|kept| (a, kept.len() as i64))).collect();
+    cx.patch_ints(1, entries);
+    Ok(())
+}
+
 /// `dx` is the sum of `dy` over the repeats: `dy` seen as `[n0, d0, n1, d1, ..]`, summed over every other axis.
 fn tile_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let (dy, x, repeats) = (cx.dy()?, cx.input(0), cx.input(1));
@@ -423,6 +432,7 @@ mod tests {
         let links = ["in0.0 = out0.0", "out0.1 unread", "in0.2 | repeated by Tile", "out0.2 | repeated by Tile"];
         assert_eq!(p.axes(y), links);
         assert_eq!(p.grad(y).map(|ops| ops.last().cloned()), Ok(Some("ReduceSum".into())));
+        assert_eq!(p.refit(y, &[(y, 1, &[0, 3])]), Ok(vec![(1, vec![(1, 2)])]));
         let c = p.ints_of(&[1, 2], &[3, 4]);
         let n = p.ints(&[2, 2]);
         let t = p.op("Tile", &[c, n], vec![]);
