@@ -154,8 +154,11 @@ fn spelled_out(
     let (into_weights, others): (BTreeSet<_>, BTreeSet<_>) = rows.iter().copied().partition(into_weight);
     let into_activations = others.into_iter().filter(|c| !axes.classes()[*c].sinks.is_empty()).collect();
     let carried = intersection(&values, &results);
-    let vo = difference(&difference(&difference(&carried, &either), &matrix), &qk);
-    let mut head = difference(&intersection(&matrix, weights), &rows);
+    let mut vo = difference(&difference(&difference(&carried, &either), &matrix), &qk);
+    // Factorized attention may tie the dims of queries and keys to those of the values: such a class is no head.
+    let (tied, mut head): (BTreeSet<_>, BTreeSet<_>) =
+        difference(&intersection(&matrix, weights), &rows).into_iter().partition(|c| walk.ends_between_activations(*c));
+    vo.extend(intersection(&tied, &carried).into_iter().filter(into_weight));
     head.retain(|c| !qk.contains(c) && !walk.is_token(*c) && (values.contains(c) || into_weight(c)));
     let ids: Vec<NodeId> = mixes.iter().map(|(n, _)| *n).collect();
     let place = logits.iter().map(|id| places[id.index()]).fold(places[softmax.index()], usize::min);
@@ -216,6 +219,12 @@ impl Walk<'_> {
     fn is_token(&self, class: ClassId) -> bool {
         let softmax = |id: NodeId| self.graph.node(id).op() == "Softmax";
         self.axes.classes()[class].barriers.iter().any(|b| b.node.is_some_and(softmax))
+    }
+
+    /// Whether the class is contracted between two activations.
+    fn ends_between_activations(&self, class: ClassId) -> bool {
+        let data = |id, slot| self.axes.carrier_at(self.graph, id, slot).is_some_and(|c| !self.axes.carriers()[c].constant);
+        self.axes.classes()[class].sinks.iter().any(|s| s.b.is_some_and(|b| data(s.node, s.a.0) && data(s.node, b.0)))
     }
 
     /// Products of two activations that reach the softmax's input.

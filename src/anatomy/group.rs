@@ -233,15 +233,20 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
     best.unwrap_or_else(|| (0..size).collect())
 }
 
-/// The operand that a gate multiplies: an activation, of two the first.
+/// The operand that a gate multiplies: an activation, of two the first. Where both are computed from constants (an MLP that makes a
+/// table of relative positions), the one that is computed.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
-    let candidates = std::iter::once(a).chain(b).chain((0..graph.node(node).inputs().len()).map(Slot::In));
-    for slot in candidates {
-        let Slot::In(number) = slot else { continue };
-        let Some(carrier) = axes.carrier_at(graph, node, slot) else { continue };
-        if axes.carriers()[carrier].constant {
-            continue;
-        }
+    let operands: Vec<(usize, CarrierId)> = std::iter::once(a)
+        .chain(b)
+        .chain((0..graph.node(node).inputs().len()).map(Slot::In))
+        .filter_map(|slot| match slot {
+            Slot::In(number) => axes.carrier_at(graph, node, slot).map(|c| (number, c)),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        })
+        .collect();
+    let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
+    let computed = |n: &usize| graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v));
+    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
         let rank = axes.carriers()[carrier].shape.len();
         let holds = |axis: &usize| {
             let on = axes.classes_on((carrier, *axis));
