@@ -178,14 +178,18 @@ pub(super) fn number(groups: &mut [Group]) {
 }
 
 /// Classes that stand beside the leaf wherever it occurs, on the same axis in every constant: each of their positions may keep
-/// different dims.
+/// different dims. None of them stands inside the leaf: where heads are merged as `E x H`, dims of different rank would trade places
+/// in what is left, so all heads keep the same.
 fn nest_of(axes: &Axes, leaf: ClassId) -> Vec<(ClassId, usize)> {
     let class = &axes.classes()[leaf];
     let mut common: Option<Vec<(ClassId, usize)>> = None;
+    let mut inside: BTreeSet<ClassId> = BTreeSet::new();
     for member in &class.members {
         let at = (member.carrier, member.axis);
+        let factors = axes.region(at, member.case).map(|r| r.factors).unwrap_or_default();
+        inside.extend(factors.iter().map(|(c, _)| *c).skip_while(|c| *c != leaf).skip(1));
         let beside: Vec<(ClassId, usize)> = if axes.carriers()[member.carrier].constant {
-            axes.region(at, member.case).map(|r| r.factors).unwrap_or_default()
+            factors
         } else {
             let all = axes.classes_in_case(member.carrier, member.case);
             all.into_iter().map(|(_, c)| (c, axes.classes()[c].size.unwrap_or(0))).collect()
@@ -202,7 +206,7 @@ fn nest_of(axes: &Axes, leaf: ClassId) -> Vec<(ClassId, usize)> {
     let common = common.unwrap_or_default();
     let mut nest: Vec<(ClassId, usize)> = Vec::new();
     for factor in order {
-        if common.contains(&factor) && !nest.contains(&factor) {
+        if common.contains(&factor) && !inside.contains(&factor.0) && !nest.contains(&factor) {
             nest.push(factor);
         }
     }
