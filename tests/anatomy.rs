@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
+#[path = "anatomy/layers.rs"]
+mod layers;
+
 use bytes::Bytes;
 use vitrim::anatomy::Kind;
 use vitrim::graph::{DType, Declared, DeclaredDim, Graph, Tensor, ValueId};

@@ -218,16 +218,21 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
     best.unwrap_or_else(|| (0..size).collect())
 }
 
-/// The operand that a gate multiplies: an activation, of two the first that has all heads.
+/// The operand that a gate multiplies: an activation, of two the first that has all heads. Where all are computed from constants (an
+/// MLP that makes a table of relative positions), one that is computed.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
-    let candidates = std::iter::once(a).chain(b).chain((0..graph.node(node).inputs().len()).map(Slot::In));
+    let operands: Vec<(usize, CarrierId)> = std::iter::once(a)
+        .chain(b)
+        .chain((0..graph.node(node).inputs().len()).map(Slot::In))
+        .filter_map(|slot| match slot {
+            Slot::In(number) => axes.carrier_at(graph, node, slot).map(|c| (number, c)),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        })
+        .collect();
+    let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
+    let computed = |n: &usize| graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v));
     let mut best: Option<Site> = None;
-    for slot in candidates {
-        let Slot::In(number) = slot else { continue };
-        let Some(carrier) = axes.carrier_at(graph, node, slot) else { continue };
-        if axes.carriers()[carrier].constant {
-            continue;
-        }
+    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
         let rank = axes.carriers()[carrier].shape.len();
         let holds = |axis: &usize| {
             let on = axes.classes_on((carrier, *axis));
@@ -334,6 +339,30 @@ pub(super) fn is_born(axes: &Axes, class: &Class) -> bool {
         .iter()
         .filter(constant)
         .any(|m| !ends.contains(&(m.carrier, m.axis)) && axes.carriers()[m.carrier].shape.iter().filter(|d| !d.is(1)).count() > 1)
+}
+
+/// Classes that come out of a weight: they occur on an axis of a constant that is contracted with data along another. The number of
+/// windows of an image, which a mask may have as an axis, is none of them.
+pub(super) fn grown_from_weights(graph: &Graph, axes: &Axes) -> BTreeSet<ClassId> {
+    let mut ends: BTreeMap<CarrierId, BTreeSet<usize>> = BTreeMap::new();
+    for sink in axes.classes().iter().flat_map(|c| &c.sinks) {
+        let Some(b) = sink.b else { continue };
+        let sides = [sink.a, b].map(|(slot, axis)| (axes.carrier_at(graph, sink.node, slot), axis));
+        let constant = |c: Option<CarrierId>| c.is_some_and(|c| axes.carriers()[c].constant);
+        for ((weight, axis), (data, _)) in [(sides[0], sides[1]), (sides[1], sides[0])] {
+            if let (Some(weight), true, false) = (weight, constant(weight), constant(data)) {
+                ends.entry(weight).or_default().insert(axis);
+            }
+        }
+    }
+    let mut grown = BTreeSet::new();
+    for (id, class) in axes.classes().iter().enumerate() {
+        let another = |m: &crate::axes::Member| ends.get(&m.carrier).is_some_and(|e| e.iter().any(|axis| *axis != m.axis));
+        if class.members.iter().any(another) {
+            grown.insert(id);
+        }
+    }
+    grown
 }
 
 /// Whether the class is contracted with a weight.

@@ -19,6 +19,7 @@ pub use tokens::{FIXED, Stretch, TokenSite, TokenSites};
 use crate::axes::{Axes, Class, ClassId};
 use crate::graph::{Graph, Id};
 use crate::infer::Facts;
+use std::collections::BTreeSet;
 
 /// Something that a user might expect to be cut, and why it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,9 +53,10 @@ pub struct Anatomy {
 /// Names the classes of a graph.
 pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     let attention = attention_layers(graph, facts, &axes);
+    let grown = group::grown_from_weights(graph, &axes);
     let place = places(graph);
     let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
-    let mut taken = std::collections::BTreeSet::new();
+    let mut taken = BTreeSet::new();
     for (layer, a) in attention.iter().enumerate() {
         for (kind, classes) in [(Kind::Qk, &a.qk), (Kind::Vo, &a.vo), (Kind::Head, &a.head)] {
             for class in classes {
@@ -77,12 +79,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         found.push((kind, *counter, class, at));
         *counter += usize::from(closed);
     }
-    let layers: Vec<_> = attention.iter().map(|a| (a.logits, a.softmax)).collect();
+    let layers: Vec<_> = attention.iter().map(|a| (a.logits.first().copied().unwrap_or(a.softmax), a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
     for (kind, layer, class, _) in found {
-        match refusal(graph, &anatomy.axes, kind, class) {
+        match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
             None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
@@ -115,7 +117,7 @@ fn between_weights(axes: &Axes, class: &Class) -> bool {
 }
 
 /// `None`: the class can be cut. `Some(None)`: it cannot, and nobody would expect it to. `Some(Some)`: a refusal to show.
-fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Option<Refusal>> {
+fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId, grown: &BTreeSet<ClassId>) -> Option<Option<Refusal>> {
     let c = &axes.classes()[class];
     let Some(barrier) = c.barriers.iter().find(|b| b.node.is_some()).or(c.barriers.first()) else {
         let usable = c.size.is_some_and(|s| s > 1) && !c.sinks.is_empty() && group::is_born(axes, c);
@@ -126,6 +128,7 @@ fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Opt
         Kind::Mlp | Kind::Channel => c.sinks.len() <= 2 && c.barriers.iter().all(|b| b.node.is_some()),
         Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => c.size.is_none_or(|s| s > 1),
     };
+    let local = local && grown.contains(&class);
     let (node, op) = match barrier.node {
         Some(n) => (graph.label(n), graph.node(n).op().to_string()),
         None => (String::new(), String::new()),

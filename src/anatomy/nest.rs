@@ -26,7 +26,12 @@ pub(super) struct Nest {
 pub(super) fn of(graph: &Graph, axes: &Axes, leaf: ClassId) -> Nest {
     let members = &axes.classes()[leaf].members;
     let constant = |m: &&Member| axes.carriers()[m.carrier].constant;
-    let of_data = common(axes, leaf, members.iter().filter(|m| !constant(m)));
+    let inside = inside(axes, leaf);
+    let outside = |mut classes: Vec<(ClassId, usize)>| {
+        classes.retain(|c| !inside.contains(&c.0));
+        classes
+    };
+    let of_data = outside(common(axes, leaf, members.iter().filter(|m| !constant(m))));
     let lacks = |m: &&Member| {
         let beside = beside(axes, m);
         of_data.iter().any(|c| !beside.contains(c))
@@ -40,9 +45,17 @@ pub(super) fn of(graph: &Graph, axes: &Axes, leaf: ClassId) -> Nest {
             return Nest { classes, aside, spread };
         }
     }
-    let everywhere = common(axes, leaf, members.iter());
+    let everywhere = outside(common(axes, leaf, members.iter()));
     let first = members.iter().find(constant);
     Nest { classes: first.map(|m| ordered(axes, m, &everywhere)).unwrap_or_default(), ..Nest::default() }
+}
+
+/// Classes that stand inside the leaf somewhere: where heads are merged as `E x H`, dims of unlike rank would trade places in what is
+/// left, so all heads keep the same.
+fn inside(axes: &Axes, leaf: ClassId) -> BTreeSet<ClassId> {
+    let factors = |m: &Member| axes.region((m.carrier, m.axis), m.case).map(|r| r.factors).unwrap_or_default();
+    let behind = |m: &Member| factors(m).into_iter().map(|(c, _)| c).skip_while(|c| *c != leaf).skip(1).collect::<Vec<_>>();
+    axes.classes()[leaf].members.iter().flat_map(behind).collect()
 }
 
 /// Classes beside a member: on its axis in a constant, on any axis in data.
@@ -80,13 +93,7 @@ fn ordered(axes: &Axes, constant: &Member, classes: &[(ClassId, usize)]) -> Vec<
 
 /// Where constants that hold one value for all heads are multiplied with what has heads. `None` where one of them is used in another
 /// way: a product alone leaves what a head removed at zero, and takes a table for each head in the place of one for all.
-fn uses(
-    graph: &Graph,
-    axes: &Axes,
-    leaf: ClassId,
-    heads: &[(ClassId, usize)],
-    aside: &BTreeSet<CarrierId>,
-) -> Option<Vec<Use>> {
+fn uses(graph: &Graph, axes: &Axes, leaf: ClassId, heads: &[(ClassId, usize)], aside: &BTreeSet<CarrierId>) -> Option<Vec<Use>> {
     let mut found = Vec::new();
     for carrier in aside {
         let readers = match axes.carriers()[*carrier].of {
@@ -112,7 +119,9 @@ fn uses(
             let known = |c: &ClassId| {
                 let on = |axis: &usize| axes.classes_on((product, *axis)).contains(c);
                 let axis = (0..axes.carriers()[product].shape.len()).find(on);
-                axis.is_some_and(|a| axes.carriers()[product].shape[a].size().is_some() && !axes.classes_on((product, a)).contains(&leaf))
+                axis.is_some_and(|a| {
+                    axes.carriers()[product].shape[a].size().is_some() && !axes.classes_on((product, a)).contains(&leaf)
+                })
             };
             if !heads.iter().all(|(c, _)| known(c)) {
                 return None;

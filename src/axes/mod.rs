@@ -60,7 +60,10 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let plain: Vec<_> = pairs.iter().map(|(_, pair)| *pair).collect();
     let selects: Vec<&Relation> =
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
-    let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
+    let carriers: Vec<_> = first_axis.windows(2).map(|w| w[0]..w[1]).collect();
+    let barred: Vec<usize> = collected.barriers.iter().map(|(at, _)| axis_number(*at)).collect();
+    let parts = partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
+    let partition = partition::partition(&parts, &axis_number);
     let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
     let unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
     Axes { collected, unified }

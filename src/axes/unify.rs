@@ -12,9 +12,6 @@ use crate::graph::NodeId;
 use crate::infer::Dim;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// More cases than this are not told apart: the carrier becomes a barrier.
-const CASES_MAX: usize = 64;
-
 /// The cases of one carrier.
 #[derive(Clone, Debug)]
 struct Cases {
@@ -72,7 +69,7 @@ pub(super) fn unify(
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Unified {
     let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
-    let cases = enumerate_cases(all, p, axis_number, &mut barriers);
+    let cases = enumerate_cases(all, p, axis_number);
     let factor_home = factor_homes(all, p, axis_number);
     let slot_sizes = slot_sizes(p, &cases, all, axis_number);
     let mut refiner = Refiner::new(slot_sizes.into_iter());
@@ -138,32 +135,12 @@ pub(super) fn unify(
     classes_of(all, p, &cases, &factor_home, &refiner, barriers, together)
 }
 
-fn enumerate_cases(
-    all: &Collected,
-    p: &Partition,
-    axis_number: &dyn Fn(AxisOf) -> usize,
-    barriers: &mut Vec<(AxisOf, Barrier)>,
-) -> Vec<Cases> {
+fn enumerate_cases(all: &Collected, p: &Partition, axis_number: &dyn Fn(AxisOf) -> usize) -> Vec<Cases> {
     let mut first_slot = 0;
     let mut out = Vec::with_capacity(all.carriers.len());
     for (c, carrier) in all.carriers.iter().enumerate() {
-        let mut factors = Vec::new();
-        for axis in 0..carrier.shape.len() {
-            for f in p.factors(axis_number((c, axis))) {
-                if p.dead[f] {
-                    let reason = "is sliced, rolled or looked up in too many parts".to_string();
-                    barriers.push(((c, axis), Barrier { node: None, axis, reason }));
-                }
-                factors.push(f);
-            }
-        }
-        let mut radix: Vec<usize> = factors.iter().map(|f| p.cell_count(*f)).collect();
-        if radix.iter().product::<usize>() > CASES_MAX {
-            radix.iter_mut().for_each(|r| *r = 1);
-            for axis in 0..carrier.shape.len() {
-                barriers.push(((c, axis), Barrier { node: None, axis, reason: "falls into too many parts".to_string() }));
-            }
-        }
+        let factors: Vec<usize> = (0..carrier.shape.len()).flat_map(|axis| p.factors(axis_number((c, axis)))).collect();
+        let radix: Vec<usize> = factors.iter().map(|f| p.cell_count(*f)).collect();
         let count = radix.iter().product();
         let cases = Cases { first_slot, factors, radix, count };
         first_slot += cases.factors.len() * count;
@@ -201,7 +178,7 @@ fn slot_sizes(p: &Partition, cases: &[Cases], all: &Collected, axis_number: &dyn
             for (f, cell) in k.factors.iter().zip(&cells) {
                 out.push(match symbolic.get(f) {
                     Some(d) => d.clone(),
-                    None if k.radix.iter().all(|r| *r == 1) => Dim::from(p.sizes[*f].unwrap_or(0)),
+                    None if p.cell_count(*f) == 1 => Dim::from(p.sizes[*f].unwrap_or(0)),
                     None => Dim::from(p.cells(*f)[*cell].len()),
                 });
             }
@@ -232,7 +209,7 @@ fn relate_cases(
             let cells_b = kb.cells(case_b);
             let agree = |(fa, fb): &(usize, usize)| {
                 let (la, lb) = (local(ka, *fa), local(kb, *fb));
-                ka.radix[la] != kb.radix[lb] || cells_a[la] == cells_b[lb]
+                cells_a[la] == cells_b[lb]
             };
             if !links.equal.iter().all(agree) {
                 continue;
@@ -289,7 +266,7 @@ fn axis_box(p: &Partition, k: &Cases, cells: &[usize], axis_number: usize) -> Op
     for f in p.factors(axis_number) {
         let size = p.sizes[f]?;
         let local = k.factors.iter().position(|x| *x == f)?;
-        if p.dead[f] || (k.radix[local] == 1 && p.cell_count(f) > 1) {
+        if p.dead[f] {
             return None;
         }
         let cell = &p.cells(f)[cells[local]];

@@ -67,7 +67,8 @@ fn reading(graph: &Graph, axes: &Axes, cut: &CutSet<'_>, at: Use) -> Option<Read
     // Other groups may have cut the axis already.
     let left = staying((carrier, dims));
     let number = |p: usize| left.binary_search(&p).ok();
-    let taken = combinations.iter().map(|head| cut.stays_for_head(at, (carrier, dims), head).into_iter().filter_map(number).collect());
+    let taken =
+        combinations.iter().map(|head| cut.stays_for_head(at, (carrier, dims), head).into_iter().filter_map(number).collect());
     Some(Reading { at, carrier, dims, head_axes, taken: taken.collect(), width: left.len(), heads, rank })
 }
 
@@ -94,7 +95,11 @@ fn take(graph: &mut Graph, v: ValueId, axes: &Axes, r: &Reading) -> ValueId {
     let mut index = Vec::new();
     let mut combination = vec![0usize; r.heads.len()];
     for taken in &r.taken {
-        let head = combination.iter().zip(&r.heads).zip(&present).fold(0, |n, ((h, count), there)| if *there { n * count + h } else { n });
+        let head = combination
+            .iter()
+            .zip(&r.heads)
+            .zip(&present)
+            .fold(0, |n, ((h, count), there)| if *there { n * count + h } else { n });
         index.extend(taken.iter().map(|d| (head * r.width + d) as i64));
         for (h, count) in combination.iter_mut().zip(&r.heads).rev() {
             *h += 1;
