@@ -195,7 +195,7 @@ impl Walker<'_> {
             if node.captures().iter().any(tagged) {
                 return Err(format!("{} reads tokens inside a subgraph", self.graph.label(id)));
             }
-            if node.inputs().iter().flatten().any(tagged) && !self.is_shape_only(id) {
+            if node.inputs().iter().flatten().any(tagged) && !super::is_shape_only(self.graph, id) {
                 self.step(&mut site, id)?;
             }
         }
@@ -205,11 +205,6 @@ impl Walker<'_> {
             }
         }
         if site.pinned.len() >= count { Err("all tokens are read one by one".into()) } else { Ok(site) }
-    }
-
-    fn is_shape_only(&self, id: NodeId) -> bool {
-        let node = self.graph.node(id);
-        ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
     }
 
     /// Tokens that were put into the sequence from constants: class, distillation, registers.
