@@ -6,8 +6,8 @@
 
 use super::nest::{self, Nest};
 use crate::axes::relation::Slot;
-use crate::axes::{Axes, AxisOf, CarrierId, Class, ClassId, Of, Region};
-use crate::graph::{Graph, NodeId, Use, ValueId};
+use crate::axes::{Axes, AxisOf, CarrierId, Class, ClassId, Of, Region, SinkSite};
+use crate::graph::{Graph, Id, NodeId, Use, ValueId};
 use crate::infer::Facts;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -230,7 +230,9 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         })
         .collect();
     let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
-    let computed = |n: &usize| graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v));
+    let computed = |n: &usize| {
+        graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v)) && is_hidden_in_constants(graph, axes, group)
+    };
     let mut best: Option<Site> = None;
     for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
         let rank = axes.carriers()[carrier].shape.len();
@@ -246,6 +248,19 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         }
     }
     best
+}
+
+/// Whether the group is what lies between two weights of an MLP over constants. Most that is computed from constants is none: object
+/// queries, position tables.
+fn is_hidden_in_constants(graph: &Graph, axes: &Axes, group: &Group) -> bool {
+    let class = &axes.classes()[group.leaf];
+    let out_of = |sink: &SinkSite| {
+        std::iter::once(sink.a).chain(sink.b).any(|(slot, axis)| {
+            let carrier = axes.carrier_at(graph, sink.node, slot);
+            class.members.iter().any(|m| axes.carriers()[m.carrier].constant && Some(m.carrier) == carrier && m.axis != axis)
+        })
+    };
+    group.kind == Kind::Mlp && class.sinks.len() == 1 && axes.classes().iter().flat_map(|c| &c.sinks).any(out_of)
 }
 
 /// Unit of each position of the row-major product of `gate_axes`. Of a first axis of symbolic size (`batch * heads`) only what lies
@@ -363,6 +378,20 @@ pub(super) fn grown_from_weights(graph: &Graph, axes: &Axes) -> BTreeSet<ClassId
         }
     }
     grown
+}
+
+/// A node that sees a value computed from constants as its own, of which the class cuts what the value itself is: one cut cannot
+/// serve both readers. With the axis there.
+pub(super) fn read_apart(graph: &Graph, axes: &Axes, class: &Class) -> Option<(NodeId, usize)> {
+    let reader_apart = |v: ValueId| {
+        let users = graph.value(v).users().iter();
+        let own = |at: &&Use| axes.carrier_at(graph, at.node, Slot::In(at.slot)).is_some_and(|c| c != v.index());
+        users.filter(own).map(|at| at.node).find(|n| !super::is_shape_only(graph, *n))
+    };
+    class.members.iter().find_map(|m| match axes.carriers()[m.carrier].of {
+        Of::Value(v) if axes.carriers()[m.carrier].constant && !graph.is_constant(v) => reader_apart(v).map(|n| (n, m.axis)),
+        _ => None,
+    })
 }
 
 /// Whether the class is contracted with a weight.

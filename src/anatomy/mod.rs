@@ -17,8 +17,9 @@ pub use group::{Cut, Group, Kind, Site, unit_tags};
 pub use tokens::{FIXED, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId};
-use crate::graph::{Graph, Id};
+use crate::graph::{Graph, Id, NodeId};
 use crate::infer::Facts;
+use crate::ops;
 use std::collections::BTreeSet;
 
 /// Something that a user might expect to be cut, and why it is not.
@@ -71,13 +72,10 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
         .collect();
     rest.sort_unstable();
-    let (mut mlps, mut channels) = (0, 0);
     for (at, class) in rest {
-        let closed = axes.classes()[class].barriers.is_empty();
         let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
-        let counter = if kind == Kind::Channel { &mut channels } else { &mut mlps };
-        found.push((kind, *counter, class, at));
-        *counter += usize::from(closed);
+        // Counted below, where it is known which of them are groups.
+        found.push((kind, 0, class, at));
     }
     let layers: Vec<_> = attention.iter().map(|a| (a.logits.first().copied().unwrap_or(a.softmax), a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
@@ -87,7 +85,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
-            None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
+            None => {
+                let known = || anatomy.groups.iter().filter(|g| g.kind == kind).count();
+                let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { known() } else { layer };
+                let group = group::build(graph, facts, &anatomy.axes, kind, layer, class);
+                anatomy.groups.extend(group);
+            }
         }
     }
     anatomy.groups.extend(anatomy.tokens.sites.iter().map(group::of_tokens));
@@ -100,6 +103,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     }
     group::number(&mut anatomy.groups);
     anatomy
+}
+
+/// Whether a node reads shapes alone.
+fn is_shape_only(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
 }
 
 /// Position of each node in the order of the graph.
@@ -121,6 +130,11 @@ fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId, grown: &BTree
     let c = &axes.classes()[class];
     let Some(barrier) = c.barriers.iter().find(|b| b.node.is_some()).or(c.barriers.first()) else {
         let usable = c.size.is_some_and(|s| s > 1) && !c.sinks.is_empty() && group::is_born(axes, c);
+        if let Some((reader, axis)) = group::read_apart(graph, axes, c).filter(|_| usable) {
+            let reason = "reads for itself what is computed from constants and cut for others".to_string();
+            let (node, op) = (graph.label(reader), graph.node(reader).op().to_string());
+            return Some(Some(Refusal { kind, node, op, axis, reason }));
+        }
         return if usable { None } else { Some(None) };
     };
     // The residual stream meets every layer; only what belongs to one layer would be expected to be cut.

@@ -388,11 +388,6 @@ impl<'a> Walker<'a> {
         Ok(())
     }
 
-    fn is_shape_only(&self, id: NodeId) -> bool {
-        let node = self.graph.node(id);
-        ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
-    }
-
     /// Carries tokens over one node.
     fn step(&self, path: &mut Path, id: NodeId) -> Result<(), String> {
         let node = self.graph.node(id);
