@@ -1,14 +1,14 @@
 //! Constants that hold one value for all heads, where heads keep different dims.
 //!
 //! A rotary table `[N, E]` multiplies q `[B, H, N, E]`. It stays whole, as others may read it; where it meets q each head takes its
-//! own dims: `[N, E]` -> Gather of positions `[H, E']` -> `[N, H, E']` -> Transpose -> `[1, H, N, E']`. A table that has heads is
-//! first reshaped to `[.., H * E]`, so that one Gather serves both.
+//! own dims: `[N, E]` -> Gather of positions `[H, E']` -> `[N, H, E']` -> Transpose -> `[H, N, E']`. A table that has an axis for the
+//! heads, of size 1 or H, is first brought to `[.., H * E]`, so that one Gather serves both.
 
 use super::cutset::{CutSet, Stays};
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, AxisOf, CarrierId, ClassId};
-use crate::graph::build::{Builder, attr};
-use crate::graph::{AttrValue, Graph, Id, Tensor, Use, ValueId};
+use crate::graph::build::Builder;
+use crate::graph::{Graph, Id, Tensor, Use, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What is read where.
@@ -112,6 +112,15 @@ fn take(graph: &mut Graph, v: ValueId, axes: &Axes, r: &Reading) -> ValueId {
     let kept = r.taken.first().map_or(0, Vec::len);
     let name = graph.value(v).name().to_string();
     let mut b = Builder::new(graph, &format!("{name}_heads."));
+    let sizes: Vec<usize> = r.heads.iter().copied().chain([kept]).collect();
+    let index = b.constant(Tensor { dims: sizes, ..Tensor::i64s(&index) });
+    let count = r.head_axes.len();
+    if shift >= count && r.head_axes.iter().copied().eq(shift - count..shift) {
+        // No axis for the heads yet: Gather puts it in beside the dims, and it goes in front.
+        let parts = b.gather(v, index, r.dims as i64);
+        let order: Vec<usize> = (r.dims..r.dims + count).chain(0..r.dims).chain(r.dims + count..shape.len() + count).collect();
+        return transposed(&mut b, parts, &order);
+    }
     let mut whole = v;
     if shift > 0 {
         whole = b.unsqueeze(whole, &(0..shift as i64).collect::<Vec<_>>());
@@ -121,9 +130,7 @@ fn take(graph: &mut Graph, v: ValueId, axes: &Axes, r: &Reading) -> ValueId {
     whole = transposed(&mut b, whole, &order);
     let flat: Vec<i64> = rest.iter().map(|_| 0).chain([-1]).collect();
     whole = b.reshape(whole, &flat);
-    let sizes: Vec<usize> = r.heads.iter().copied().chain([kept]).collect();
-    let index = b.constant(Tensor { dims: sizes, ..Tensor::i64s(&index) });
-    whole = b.op("Gather", &[whole, index], vec![attr("axis", AttrValue::Int(rest.len() as i64))]);
+    whole = b.gather(whole, index, rest.len() as i64);
     let mut back = vec![0; r.rank];
     order.iter().enumerate().for_each(|(now, axis)| back[*axis] = now);
     transposed(&mut b, whole, &back)
