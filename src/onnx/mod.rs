@@ -22,6 +22,7 @@ mod order;
 mod read;
 mod save;
 mod source;
+mod stream;
 mod tensor;
 mod value_info;
 mod write;

@@ -11,7 +11,7 @@ use super::external::DataFiles;
 use super::function::{Key, Library, Slot, domain, domains, import, name_bodies};
 use super::read::{call_prefix, node_extra};
 use super::tensor::{self, DataFile};
-use super::{attr, body, order, value_info};
+use super::{attr, body, order, stream, value_info};
 use crate::graph::{Graph, Id, NodeId, ValueId};
 
 /// Unit: bytes; what protobuf allows in one message.
@@ -22,10 +22,10 @@ pub(super) const PROTO_LIMIT: usize = 0x7fff_ffff;
 /// Errors: larger than 2 GiB.
 pub fn to_bytes(graph: &Graph) -> Result<Bytes, Error> {
     let encode = || {
-        let model = to_model(graph, None)?;
-        match model.encoded_len() > PROTO_LIMIT {
+        let model = stream::model(to_model(graph, None)?);
+        match model.len() > PROTO_LIMIT {
             true => Err(Cause::OutputTooLarge),
-            false => Ok(model.encode_to_vec().into()),
+            false => Ok(model.into_bytes()),
         }
     };
     encode().map_err(Error::bare)
