@@ -9,13 +9,12 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use onnx_proto::ModelProto;
-use prost::Message;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::error::{Cause, Error, shown};
 use super::source::Source;
+use super::stream::{self, Pieces};
 use super::tensor::DataFile;
 use super::write::{PROTO_LIMIT, to_model};
 use crate::graph::{AttrValue, Graph, Storage};
@@ -117,7 +116,7 @@ pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Erro
         let data_path = data_path(path);
         check_place(&data_path, overwrite).map_err(|cause| Error::new(&data_path, cause))?;
     }
-    write(&model, data.as_ref(), path, overwrite).map_err(fail)
+    write(model, data.as_ref(), path, overwrite).map_err(fail)
 }
 
 /// Writes any output file the way models are written: complete under its name, or not at all.
@@ -136,27 +135,28 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: Overwrite) -> Result<(),
 }
 
 /// The model, and its data file where it has one or would be larger than `limit` bytes without.
-fn encode(graph: &Graph, path: &Path, limit: usize) -> Result<(ModelProto, Option<DataFile>), Cause> {
+fn encode(graph: &Graph, path: &Path, limit: usize) -> Result<(Pieces, Option<DataFile>), Cause> {
     let location = data_path(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut data = has_external(graph).then(|| DataFile::new(location.clone(), false));
-    let mut model = to_model(graph, data.as_mut())?;
-    if model.encoded_len() > limit {
+    let mut model = stream::model(to_model(graph, data.as_mut())?);
+    if model.len() > limit {
         data = Some(DataFile::new(location, true));
-        model = to_model(graph, data.as_mut())?;
+        model = stream::model(to_model(graph, data.as_mut())?);
     }
-    if model.encoded_len() > limit {
+    if model.len() > limit {
         return Err(Cause::OutputTooLarge);
     }
     Ok((model, data.filter(|d| !d.parts.is_empty())))
 }
 
-fn write(model: &ModelProto, data: Option<&DataFile>, path: &Path, overwrite: Overwrite) -> Result<(), Cause> {
-    let model_len = u64::try_from(model.encoded_len()).unwrap_or(u64::MAX);
+fn write(model: Pieces, data: Option<&DataFile>, path: &Path, overwrite: Overwrite) -> Result<(), Cause> {
+    let model_len = u64::try_from(model.len()).unwrap_or(u64::MAX);
     let needs_bytes = model_len + data.map_or(0, |d| d.len);
+    let pieces = model.into_list();
     let put = || -> io::Result<()> {
         let directory = directory_of(path);
         let data_file = data.map(|d| temporary(&directory, |w| write_data(d, w))).transpose()?;
-        let model_file = temporary(&directory, |w| w.write_all(&model.encode_to_vec()))?;
+        let model_file = temporary(&directory, |w| pieces.iter().try_for_each(|piece| w.write_all(piece)))?;
         if let Some(file) = data_file {
             if overwrite == Overwrite::Force && fs::symlink_metadata(path).is_ok() {
                 fs::remove_file(path)?;
@@ -247,6 +247,8 @@ mod tests {
     use super::*;
     use crate::graph::Tensor;
     use bytes::Bytes;
+    use onnx_proto::ModelProto;
+    use prost::Message;
 
     #[test]
     fn a_model_that_is_too_large_for_one_file_gets_a_data_file() {
@@ -267,7 +269,7 @@ mod tests {
         let mut written = Vec::new();
         write_data(&data, &mut written).unwrap();
         assert_eq!(written.len(), usize::try_from(data.len).unwrap());
-        let initializers = |m: ModelProto| m.graph.unwrap().initializer;
+        let initializers = |m: Pieces| ModelProto::decode(m.into_bytes()).unwrap().graph.unwrap().initializer;
         for (a, b) in initializers(inline).iter().zip(&initializers(model)) {
             let outside = a.raw_data.as_ref().is_some_and(|r| r.len() >= 1024);
             assert_eq!((b.raw_data.is_none() && !b.external_data.is_empty(), &a.dims), (outside, &b.dims));
