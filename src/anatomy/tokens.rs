@@ -230,7 +230,7 @@ impl<'a> Walker<'a> {
             stretches: Vec::new(),
         };
         for (id, node) in graph.nodes() {
-            if !walker.is_shape_only(id) {
+            if !super::is_shape_only(graph, id) {
                 for v in node.inputs().iter().flatten().chain(node.captures()) {
                     walker.last_read[*v] = walker.place[id.index()];
                 }
@@ -338,7 +338,7 @@ impl<'a> Walker<'a> {
             if node.captures().iter().any(tagged) {
                 return Err(format!("{} reads tokens inside a subgraph", self.graph.label(*id)));
             }
-            if !node.inputs().iter().flatten().any(tagged) || self.is_shape_only(*id) {
+            if !node.inputs().iter().flatten().any(tagged) || super::is_shape_only(self.graph, *id) {
                 continue;
             }
             self.step(&mut path, *id)?;
