@@ -60,8 +60,7 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
     let carriers: Vec<_> = first_axis.windows(2).map(|w| w[0]..w[1]).collect();
     let barred: Vec<usize> = collected.barriers.iter().map(|(at, _)| axis_number(*at)).collect();
-    let parts =
-        partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
+    let parts = partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
     let partition = partition::partition(&parts, &axis_number);
     let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
     let unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
