@@ -20,7 +20,7 @@ use crate::axes::{Axes, Class, ClassId};
 use crate::graph::{Graph, Id, NodeId};
 use crate::infer::Facts;
 use crate::ops;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Something that a user might expect to be cut, and why it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,14 +81,16 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
+    let mut counted: BTreeMap<Kind, usize> = BTreeMap::new();
     for (kind, layer, class, _) in found {
         match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
             None => {
-                let known = || anatomy.groups.iter().filter(|g| g.kind == kind).count();
-                let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { known() } else { layer };
+                let count = counted.entry(kind).or_insert(0);
+                let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { *count } else { layer };
                 let group = group::build(graph, facts, &anatomy.axes, kind, layer, class);
+                *count += usize::from(group.is_some());
                 anatomy.groups.extend(group);
             }
         }

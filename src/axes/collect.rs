@@ -126,10 +126,65 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
     for v in graph.outputs() {
         all.bar_all(v.index(), None, "graph output");
     }
-    for (id, _) in graph.nodes() {
-        all.node(graph, facts, id, &mut origins);
+    let said: Vec<(NodeId, Said)> = graph.nodes().map(|(id, _)| (id, said(graph, facts, id))).collect();
+    let weights = weights(graph, &said, &origins.data);
+    for (id, relations) in said {
+        all.node(graph, facts, id, relations, &weights, &mut origins);
     }
     all
+}
+
+/// What an operator says of its axes: nothing where it reads shapes alone, or why they are barriers.
+type Said = Option<Result<Relations, String>>;
+
+fn said(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
+    let node = graph.node(id);
+    let rule = ops::lookup(node.domain(), node.op());
+    let opset = graph.opset(node.domain()).unwrap_or(0);
+    let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
+    match rule.map(|r| &r.axes) {
+        Some(AxesRule::ShapeOnly) => None,
+        Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
+        Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
+        Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
+        None => Some(Err(unknown_operator(node.domain(), node.op()))),
+    }
+}
+
+fn contracts(relations: &Relations, slot: usize) -> bool {
+    let at = Slot::In(slot);
+    relations.links.iter().any(|l| matches!(l, Link::Contract((a, _), (b, _)) if *a == at || *b == at))
+}
+
+fn takes_parts(relations: &Relations, slot: usize) -> bool {
+    relations.links.iter().any(|l| matches!(l, Link::Select { from: (a, _), .. } if *a == Slot::In(slot)))
+}
+
+/// Constants that some reader contracts, at once or behind nodes that only pass them on: an Identity for each use, where an exporter
+/// merged equal tensors, or a Transpose.
+fn weights(graph: &Graph, said: &[(NodeId, Said)], depends: &SideMap<ValueId, bool>) -> SideMap<ValueId, bool> {
+    let mut weights = SideMap::filled(graph.value_count(), false);
+    for (id, relations) in said.iter().rev() {
+        let Some(Ok(relations)) = relations else { continue };
+        let node = graph.node(*id);
+        let behind = node.outputs().iter().flatten().any(|v| weights[*v]) && passes_one(relations);
+        for (slot, v) in node.inputs().iter().enumerate() {
+            if let Some(v) = v.filter(|v| !depends[*v]) {
+                weights[v] |= contracts(relations, slot) || behind;
+            }
+        }
+    }
+    weights
+}
+
+/// Whether the node only passes one of its inputs on.
+fn passes_one(relations: &Relations) -> bool {
+    let mut from = None;
+    relations.links.iter().all(|l| match l {
+        Link::Same((a, _), (Slot::Out(_), _)) | Link::Regroup((a, _), (Slot::Out(_), _)) => *from.get_or_insert(*a) == *a,
+        Link::Unread(_) => true,
+        _ => false,
+    })
 }
 
 impl Collected {
@@ -148,27 +203,22 @@ impl Collected {
         }
     }
 
-    fn node(&mut self, graph: &Graph, facts: &Facts, id: NodeId, origins: &mut Origins) {
+    fn node(
+        &mut self,
+        graph: &Graph,
+        facts: &Facts,
+        id: NodeId,
+        relations: Said,
+        weights: &SideMap<ValueId, bool>,
+        origins: &mut Origins,
+    ) {
         let node = graph.node(id);
-        let rule = ops::lookup(node.domain(), node.op());
-        let opset = graph.opset(node.domain()).unwrap_or(0);
-        let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-        let relations = match rule.map(|r| &r.axes) {
-            Some(AxesRule::ShapeOnly) => None,
-            Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
-            Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
-            Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
-            None => Some(Err(unknown_operator(node.domain(), node.op()))),
-        };
         // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
-        // a constant on (an Identity for each layer, where an exporter merged equal biases) do not tie those behind them.
-        let one_for_all = |slot: usize| {
-            matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
-                Link::Contract((a, _), (b, _)) => *a == Slot::In(slot) || *b == Slot::In(slot),
-                Link::Select { from: (a, _), .. } => *a == Slot::In(slot),
-                _ => false,
-            }))
-        };
+        // a constant on (an Identity for each layer, where an exporter merged equal biases) tie those behind them if it is a weight.
+        let passed_on =
+            matches!(&relations, Some(Ok(r)) if passes_one(r)) && node.outputs().iter().flatten().any(|v| weights[*v]);
+        let one_for_all =
+            |slot: usize| passed_on || matches!(&relations, Some(Ok(r)) if contracts(r, slot) || takes_parts(r, slot));
         let sums = matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
             Link::Contract((Slot::In(slot), axis), _) => {
                 !node.input(*slot).and_then(|v| facts.shape(v)?.get(*axis)).is_some_and(|d| d.is(1))

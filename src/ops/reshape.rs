@@ -368,9 +368,10 @@ mod tests {
         // SAM: q, k and v as [3, batch * heads, tokens, -1], of which whole heads go.
         let mut p = Probe::new(17);
         let x = p.input("x", "3 b 4 16 8");
-        let like = p.input("like", "4*b");
-        let rows = p.op("Shape", &[like], vec![]);
-        let (three, rest) = (p.ints(&[3]), p.ints(&[16, -1]));
+        let like = p.input("like", "b");
+        let images = p.op("Shape", &[like], vec![]);
+        let (three, heads, rest) = (p.ints(&[3]), p.ints(&[4]), p.ints(&[16, -1]));
+        let rows = p.op("Mul", &[images, heads], vec![]);
         let target = p.op("Concat", &[three, rows, rest], vec![int_attr("axis", 0)]);
         let y = p.op("Reshape", &[x, target], vec![]);
         assert_eq!(p.refit(y, &[(x, 2, &[0]), (y, 1, &[])]), Ok(vec![(1, vec![(1, -1), (3, 8)])]));
