@@ -200,10 +200,9 @@ fn pairs(group: &Group) -> Vec<Vec<usize>> {
 
 #[test]
 fn pairs_follow_the_rotation_and_heads_keep_their_own() {
-    for (rotation, expected) in [
-        (Rotation::Halves, [[0, 4], [1, 5], [2, 6], [3, 7]]),
-        (Rotation::Neighbours, [[0, 1], [2, 3], [4, 5], [6, 7]]),
-    ] {
+    for (rotation, expected) in
+        [(Rotation::Halves, [[0, 4], [1, 5], [2, 6], [3, 7]]), (Rotation::Neighbours, [[0, 1], [2, 3], [4, 5], [6, 7]])]
+    {
         let graph = network(Shape { rotation, ..PLAIN });
         let (_, anatomy) = analyse(&graph).unwrap();
         let qk = group(&anatomy, "qk.0");

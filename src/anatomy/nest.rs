@@ -81,13 +81,7 @@ fn ordered(axes: &Axes, constant: &Member, classes: &[(ClassId, usize)]) -> Vec<
 
 /// Where constants that hold one value for all heads are multiplied with what has heads. `None` where one of them is used in another
 /// way: a product alone leaves what a head removed at zero, and takes a table for each head in the place of one for all.
-fn uses(
-    graph: &Graph,
-    axes: &Axes,
-    leaf: ClassId,
-    heads: &[(ClassId, usize)],
-    aside: &BTreeSet<CarrierId>,
-) -> Option<Vec<Use>> {
+fn uses(graph: &Graph, axes: &Axes, leaf: ClassId, heads: &[(ClassId, usize)], aside: &BTreeSet<CarrierId>) -> Option<Vec<Use>> {
     let mut found = Vec::new();
     for carrier in aside {
         let readers = match axes.carriers()[*carrier].of {
@@ -113,7 +107,9 @@ fn uses(
             let known = |c: &ClassId| {
                 let on = |axis: &usize| axes.classes_on((product, *axis)).contains(c);
                 let axis = (0..axes.carriers()[product].shape.len()).find(on);
-                axis.is_some_and(|a| axes.carriers()[product].shape[a].size().is_some() && !axes.classes_on((product, a)).contains(&leaf))
+                axis.is_some_and(|a| {
+                    axes.carriers()[product].shape[a].size().is_some() && !axes.classes_on((product, a)).contains(&leaf)
+                })
             };
             if !heads.iter().all(|(c, _)| known(c)) {
                 return None;

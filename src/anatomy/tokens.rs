@@ -302,9 +302,8 @@ impl Walker<'_> {
     fn equal(&self, site: &mut TokenSite, id: NodeId, a: At, b: At, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
         let Some(tokens) = tags.get(&a).cloned() else { return Ok(()) };
         // A token that stays whatever happens may have been carried on as something that is no token of the site.
-        let free = |list: &[usize]| -> Vec<usize> {
-            list.iter().map(|t| if site.pinned.contains(t) { FIXED } else { *t }).collect()
-        };
+        let free =
+            |list: &[usize]| -> Vec<usize> { list.iter().map(|t| if site.pinned.contains(t) { FIXED } else { *t }).collect() };
         match (tags.get(&b), b.0) {
             (Some(known), _) if free(known) == free(&tokens) => Ok(()),
             (Some(_), _) => Err(format!("{} combines different selections of tokens", self.graph.label(id))),

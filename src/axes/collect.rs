@@ -104,8 +104,7 @@ pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
 }
 
 pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
-    let mut origins =
-        Origins { data: depends_on_data(graph), positions: SideMap::filled(graph.value_count(), false) };
+    let mut origins = Origins { data: depends_on_data(graph), positions: SideMap::filled(graph.value_count(), false) };
     for v in graph.inputs() {
         origins.positions[*v] = matches!(facts.get(*v).dtype, Some(DType::I64 | DType::I32));
     }

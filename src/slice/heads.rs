@@ -27,15 +27,25 @@ struct Reading {
     rank: usize,
 }
 
+impl Reading {
+    /// Whether another reading takes the same of the same constant.
+    fn takes_as(&self, other: &Self) -> bool {
+        (self.dims, self.rank, &self.head_axes, &self.taken) == (other.dims, other.rank, &other.head_axes, &other.taken)
+    }
+}
+
 /// Lets every head take its own part. `original` is the graph as it was analysed; `graph` has its constants cut already.
 pub(super) fn spread(graph: &mut Graph, original: &Graph, axes: &Axes, cut: &CutSet<'_>) {
     let readings: Vec<Reading> = cut.spread().into_iter().filter_map(|at| reading(original, axes, cut, at)).collect();
-    let mut made: BTreeMap<(ValueId, usize, Vec<usize>, Vec<Vec<usize>>), ValueId> = BTreeMap::new();
+    // q and k take the same of one table.
+    let mut made: Vec<(ValueId, Reading, ValueId)> = Vec::new();
     for r in readings {
         let Some(v) = graph.node(r.at.node).input(r.at.slot) else { continue };
-        let key = (v, r.dims, r.head_axes.clone(), r.taken.clone());
-        let part = *made.entry(key).or_insert_with(|| take(graph, v, axes, &r));
+        let like = |known: &&(ValueId, Reading, ValueId)| known.0 == v && known.1.takes_as(&r);
+        let part = made.iter().find(like).map(|(_, _, part)| *part);
+        let part = part.unwrap_or_else(|| take(graph, v, axes, &r));
         graph.set_input(r.at, Some(part));
+        made.push((v, r, part));
     }
 }
 
@@ -67,7 +77,8 @@ fn reading(graph: &Graph, axes: &Axes, cut: &CutSet<'_>, at: Use) -> Option<Read
     // Other groups may have cut the axis already.
     let left = staying((carrier, dims));
     let number = |p: usize| left.binary_search(&p).ok();
-    let taken = combinations.iter().map(|head| cut.stays_for_head(at, (carrier, dims), head).into_iter().filter_map(number).collect());
+    let taken =
+        combinations.iter().map(|head| cut.stays_for_head(at, (carrier, dims), head).into_iter().filter_map(number).collect());
     Some(Reading { at, carrier, dims, head_axes, taken: taken.collect(), width: left.len(), heads, rank })
 }
 
@@ -94,7 +105,11 @@ fn take(graph: &mut Graph, v: ValueId, axes: &Axes, r: &Reading) -> ValueId {
     let mut index = Vec::new();
     let mut combination = vec![0usize; r.heads.len()];
     for taken in &r.taken {
-        let head = combination.iter().zip(&r.heads).zip(&present).fold(0, |n, ((h, count), there)| if *there { n * count + h } else { n });
+        let head = combination
+            .iter()
+            .zip(&r.heads)
+            .zip(&present)
+            .fold(0, |n, ((h, count), there)| if *there { n * count + h } else { n });
         index.extend(taken.iter().map(|d| (head * r.width + d) as i64));
         for (h, count) in combination.iter_mut().zip(&r.heads).rev() {
             *h += 1;
