@@ -32,18 +32,19 @@ pub(super) fn of(graph: &Graph, axes: &Axes, leaf: ClassId) -> Nest {
         classes
     };
     let of_data = outside(common(axes, leaf, members.iter().filter(|m| !constant(m))));
+    // Tokens stand beside the leaf in all data, too; heads are stored with it.
+    let stored = members.iter().filter(constant).map(|m| ordered(axes, m, &of_data));
+    let heads = stored.max_by_key(Vec::len).unwrap_or_default();
     let lacks = |m: &&Member| {
         let beside = beside(axes, m);
-        of_data.iter().any(|c| !beside.contains(c))
+        heads.iter().any(|c| !beside.contains(c))
     };
     let aside: BTreeSet<CarrierId> = members.iter().filter(constant).filter(lacks).map(|m| m.carrier).collect();
-    if !aside.is_empty()
-        && let Some(spread) = uses(graph, axes, leaf, &of_data, &aside)
-    {
-        let whole = members.iter().filter(constant).find(|m| !aside.contains(&m.carrier));
-        if let Some(classes) = whole.map(|m| ordered(axes, m, &of_data)).filter(|c| c.len() == of_data.len()) {
-            return Nest { classes, aside, spread };
-        }
+    if aside.is_empty() {
+        return Nest { classes: heads, ..Nest::default() };
+    }
+    if let Some(spread) = uses(graph, axes, leaf, &heads, &aside) {
+        return Nest { classes: heads, aside, spread };
     }
     let everywhere = outside(common(axes, leaf, members.iter()));
     let first = members.iter().find(constant);

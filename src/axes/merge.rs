@@ -202,8 +202,11 @@ mod tests {
     use super::*;
     use crate::graph::{Id, NodeId};
 
-    fn case(axes: &[(&[usize], &[(ClassId, usize)])]) -> Case {
-        let part = |(positions, classes): &(&[usize], &[(ClassId, usize)])| Part {
+    /// Positions and classes of an axis.
+    type Axis<'a> = (&'a [usize], &'a [(ClassId, usize)]);
+
+    fn case(axes: &[Axis<'_>]) -> Case {
+        let part = |(positions, classes): &Axis<'_>| Part {
             positions: positions.to_vec(),
             classes: classes.iter().map(|(c, n)| (*c, Some(*n))).collect(),
             outer: Vec::new(),

@@ -7,6 +7,7 @@ use crate::graph::build::{Builder, attr};
 use crate::graph::{AttrValue, DType, Declared, DeclaredDim, Graph, Tensor, Use, ValueId};
 use crate::infer::{self, Dim};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 
 fn sizes(list: &[i64]) -> Vec<Dim> {
     list.iter().map(|n| Dim::from(*n)).collect()
@@ -65,10 +66,10 @@ fn one_group(at: Use) -> Group {
         nest: vec![],
         leaf: 0,
         sharers: vec![],
-        aside: Default::default(),
-        spread: vec![],
         stored: (0..4).collect(),
         heads: None,
+        aside: BTreeSet::new(),
+        spread: vec![],
         sites: vec![site],
         cuts: vec![],
     }

@@ -27,15 +27,25 @@ struct Reading {
     rank: usize,
 }
 
+impl Reading {
+    /// Whether another reading takes the same of the same constant.
+    fn takes_as(&self, other: &Self) -> bool {
+        (self.dims, self.rank, &self.head_axes, &self.taken) == (other.dims, other.rank, &other.head_axes, &other.taken)
+    }
+}
+
 /// Lets every head take its own part. `original` is the graph as it was analysed; `graph` has its constants cut already.
 pub(super) fn spread(graph: &mut Graph, original: &Graph, axes: &Axes, cut: &CutSet<'_>) {
     let readings: Vec<Reading> = cut.spread().into_iter().filter_map(|at| reading(original, axes, cut, at)).collect();
-    let mut made: BTreeMap<(ValueId, usize, Vec<usize>, Vec<Vec<usize>>), ValueId> = BTreeMap::new();
+    // q and k take the same of one table.
+    let mut made: Vec<(ValueId, Reading, ValueId)> = Vec::new();
     for r in readings {
         let Some(v) = graph.node(r.at.node).input(r.at.slot) else { continue };
-        let key = (v, r.dims, r.head_axes.clone(), r.taken.clone());
-        let part = *made.entry(key).or_insert_with(|| take(graph, v, axes, &r));
+        let like = |known: &&(ValueId, Reading, ValueId)| known.0 == v && known.1.takes_as(&r);
+        let part = made.iter().find(like).map(|(_, _, part)| *part);
+        let part = part.unwrap_or_else(|| take(graph, v, axes, &r));
         graph.set_input(r.at, Some(part));
+        made.push((v, r, part));
     }
 }
 

@@ -135,7 +135,10 @@ fn rotated_axes(relations: &mut Relations, (x, y): (At, At), head: At, l: &Layou
                 } else {
                     relations.select((one, 1), (v, 1), vec![0], place);
                 }
-                relations.same((one, 0), *pair.get_or_insert((one, 0)));
+                match pair {
+                    Some(first) => relations.same((one, 0), first),
+                    None => pair = Some((one, 0)),
+                }
             }
         }
         return pair.unwrap_or(x);
@@ -326,18 +329,26 @@ mod tests {
             "v2.0=v0.0",
             "v0.1[0..=3]>v2.1@0",
             "v2.1~v3.0,v3.1",
-            "!v3.1",
-            "v4.0=v0.0",
-            "v4.1[0..=3]>v1.1@0",
-            "v4.1~v5.0,v5.1",
-            "!v5.1",
+            "v3.0=v4.0",
+            "v3.1[0..=0]>v4.1@0",
             "v3.0=v5.0",
+            "v3.1[1..=1]>v5.1@0",
+            "v5.0=v4.0",
             "v6.0=v0.0",
-            "v0.1[4..=5]>v6.1@0",
-            "v6.1[0..=1]>v1.1@4",
-            "in1.1=v3.0",
+            "v6.1[0..=3]>v1.1@0",
+            "v6.1~v7.0,v7.1",
+            "v7.0=v8.0",
+            "v8.1[0..=0]>v7.1@0",
+            "v8.0=v4.0",
+            "v7.0=v9.0",
+            "v9.1[0..=0]>v7.1@1",
+            "v9.0=v4.0",
+            "v10.0=v0.0",
+            "v0.1[4..=5]>v10.1@0",
+            "v10.1[0..=1]>v1.1@4",
+            "in1.1=v4.0",
             "!in1.0",
-            "in2.1=v3.0",
+            "in2.1=v4.0",
             "!in2.0",
             "in3.0=out0.0",
             "in3.1=out0.1",
