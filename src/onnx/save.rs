@@ -6,8 +6,10 @@
 //! model is ever seen beside the data of another.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
@@ -18,6 +20,9 @@ use super::stream::{self, Pieces};
 use super::tensor::DataFile;
 use super::write::{PROTO_LIMIT, to_model};
 use crate::graph::{AttrValue, Graph, Storage};
+
+/// How often a file that is being written is flushed.
+const FLUSH_EVERY: Duration = Duration::from_millis(20);
 
 /// What happens where the output exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,7 +161,7 @@ fn write(model: Pieces, data: Option<&DataFile>, path: &Path, overwrite: Overwri
     let put = || -> io::Result<()> {
         let directory = directory_of(path);
         let data_file = data.map(|d| temporary(&directory, |w| write_data(d, w))).transpose()?;
-        let model_file = temporary(&directory, |w| pieces.iter().try_for_each(|piece| w.write_all(piece)))?;
+        let model_file = temporary(&directory, |w| pieces.iter().try_for_each(|piece| write_bytes(piece, w)))?;
         if let Some(file) = data_file {
             if overwrite == Overwrite::Force && fs::symlink_metadata(path).is_ok() {
                 fs::remove_file(path)?;
@@ -189,12 +194,32 @@ fn temporary(directory: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
     let file = builder.tempfile_in(directory)?;
-    let mut writer = BufWriter::new(file.as_file());
-    write(&mut writer)?;
-    writer.flush()?;
-    drop(writer);
+    let is_written = AtomicBool::new(false);
+    // The disk begins while the rest is still being written. What it reports there, it does not report again.
+    std::thread::scope(|scope| {
+        let early = scope.spawn(|| {
+            loop {
+                std::thread::park_timeout(FLUSH_EVERY);
+                if is_written.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                file.as_file().sync_data()?;
+            }
+        });
+        let mut writer = BufWriter::new(file.as_file());
+        let written = write(&mut writer).and_then(|()| writer.flush());
+        is_written.store(true, Ordering::Relaxed);
+        early.thread().unpark();
+        let begun = early.join().unwrap_or_else(|_| Err(io::Error::other("the thread that flushes ended early")));
+        written.and(begun)
+    })?;
     file.as_file().sync_all()?;
     Ok(file)
+}
+
+/// Writes a MiB at a time: Linux' ext4 takes ten times as long for one call with hundreds of them.
+fn write_bytes(bytes: &[u8], writer: &mut dyn Write) -> io::Result<()> {
+    bytes.chunks(1 << 20).try_for_each(|chunk| writer.write_all(chunk))
 }
 
 fn write_data(data: &DataFile, writer: &mut dyn Write) -> io::Result<()> {
@@ -203,7 +228,7 @@ fn write_data(data: &DataFile, writer: &mut dyn Write) -> io::Result<()> {
     for (offset, bytes) in &data.parts {
         let gap = usize::try_from(offset - at).map_err(io::Error::other)?;
         writer.write_all(&ZEROS[..gap])?; // less than one page, by the alignment
-        writer.write_all(bytes)?;
+        write_bytes(bytes, writer)?;
         at = offset + u64::try_from(bytes.len()).map_err(io::Error::other)?;
     }
     Ok(())
@@ -230,14 +255,11 @@ fn sync_directory(directory: &Path) -> io::Result<()> {
 pub fn sha256_of_file(path: &Path) -> Result<String, Error> {
     let digest = || {
         let source = Source::open(path)?;
-        let mut hash = Sha256::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match source.file().read(&mut buffer).map_err(|source| Cause::Read { source })? {
-                0 => return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect()),
-                n => hash.update(&buffer[..n]),
-            }
-        }
+        let content = match source.len() {
+            0 => bytes::Bytes::new(),
+            _ => source.bytes()?,
+        };
+        Ok(Sha256::digest(&content).iter().map(|b| format!("{b:02x}")).collect())
     };
     digest().map_err(|cause| Error::new(path, cause))
 }
