@@ -1,6 +1,6 @@
 //! Attention layers: a product of two activations that reaches a softmax, and the product of the softmax's result with a third.
 
-use crate::axes::relation::Slot;
+use crate::axes::relation::{At, Slot};
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
@@ -70,7 +70,7 @@ pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<Attent
     for (place, (id, node)) in graph.nodes().enumerate() {
         let found = if ops::attention::is_fused_attention(node.domain(), node.op()) {
             vec![fused(graph, axes, id, place)]
-        } else if node.op() == "Softmax" {
+        } else if matches!(node.op(), "Softmax" | "BiasSoftmax") {
             spelled_out(graph, facts, axes, &depends, id)
         } else {
             vec![]
@@ -99,12 +99,18 @@ impl AttentionLayer {
     }
 }
 
+/// The parts that the operator's record names; none where its sizes are not known.
 fn fused(graph: &Graph, axes: &Axes, id: NodeId, place: usize) -> AttentionLayer {
-    let on = |slot| axes.carrier_at(graph, id, slot).map_or_else(BTreeSet::new, |c| classes_of(axes, c));
-    let (keys, values, result) = (on(Slot::In(1)), on(Slot::In(2)), on(Slot::Out(0)));
-    let qk = sinks_at(axes, id, &keys);
-    let head = difference(&intersection(&intersection(&keys, &values), &result), &qk);
-    let vo = difference(&difference(&intersection(&values, &result), &keys), &qk);
+    let none = BTreeSet::new();
+    let Some(parts) = axes.fused_attention(id) else {
+        return layer(axes, id, id, vec![id], place, none.clone(), none.clone(), none);
+    };
+    let on = |(slot, axis): At| -> BTreeSet<ClassId> {
+        axes.carrier_at(graph, id, slot).map(|c| axes.classes_on((c, axis))).unwrap_or_default().into_iter().collect()
+    };
+    let qk = sinks_at(axes, id, &on(parts.qk));
+    let head = difference(&on(parts.head), &qk);
+    let vo = difference(&difference(&on(parts.vo), &head), &qk);
     layer(axes, id, id, vec![id], place, qk, vo, head)
 }
 
@@ -182,7 +188,7 @@ fn sinks_at(axes: &Axes, node: NodeId, candidates: &BTreeSet<ClassId>) -> BTreeS
 fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
     let rank = |slot| node.input(slot).and_then(|v| facts.shape(v)).map_or(0, <[_]>::len);
-    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul") && rank(0) > 2 && rank(1) > 2
+    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul" | "TransposeMatMul") && rank(0) > 2 && rank(1) > 2
 }
 
 /// Whether the node multiplies an activation of rank 4 or more with a small weight: heads mixed before or after the softmax.

@@ -124,7 +124,7 @@ fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
     let mut all = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::lookup(node.domain(), node.op()).map(|r| &r.axes)) {
+        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::rule_of(graph, node).map(|r| &r.axes)) {
             let opset = graph.opset(node.domain()).unwrap_or(0);
             all.insert(id, rule(&AxesCx { graph, facts, node, id, opset }));
         }
@@ -209,7 +209,7 @@ impl Walker<'_> {
 
     fn is_shape_only(&self, id: NodeId) -> bool {
         let node = self.graph.node(id);
-        ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
+        ops::rule_of(self.graph, node).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
     }
 
     /// Tokens that were put into the sequence from constants: class, distillation, registers.

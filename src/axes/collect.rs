@@ -3,10 +3,11 @@
 //! A constant that several nodes combine with data is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are.
 
-use crate::axes::relation::{AxesCx, Link, Relations, Slot};
+use crate::axes::relation::{AxesCx, FusedAttention, Link, Relations, Slot};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, Axes as AxesRule};
+use std::collections::BTreeMap;
 
 /// What has axes: a value, a constant as one of its readers sees it, or a value inside an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +77,8 @@ pub(super) struct Collected {
     pub(super) inputs: SideMap<NodeId, Vec<Option<CarrierId>>>,
     /// First virtual carrier of each node.
     pub(super) virtuals: SideMap<NodeId, usize>,
+    /// Nodes that compute the whole of attention.
+    pub(super) attention: BTreeMap<NodeId, FusedAttention>,
 }
 
 /// Values whose content depends on what is fed in, and not on shapes and constants alone.
@@ -85,7 +88,7 @@ pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
         depends[*v] = true;
     }
     for (_, node) in graph.nodes() {
-        let shape_only = ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, AxesRule::ShapeOnly));
+        let shape_only = ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, AxesRule::ShapeOnly));
         let any = node.inputs().iter().flatten().chain(node.captures()).any(|v| depends[*v]);
         for v in node.outputs().iter().flatten() {
             depends[*v] = any && !shape_only;
@@ -107,6 +110,7 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
         sinks: Vec::new(),
         inputs: SideMap::filled(graph.node_capacity(), Vec::new()),
         virtuals: SideMap::filled(graph.node_capacity(), 0),
+        attention: BTreeMap::new(),
     };
     for v in graph.inputs() {
         all.bar_all(v.index(), None, "graph input");
@@ -138,7 +142,7 @@ impl Collected {
 
     fn node(&mut self, graph: &Graph, facts: &Facts, id: NodeId, depends: &SideMap<ValueId, bool>) {
         let node = graph.node(id);
-        let rule = ops::lookup(node.domain(), node.op());
+        let rule = ops::rule_of(graph, node);
         let opset = graph.opset(node.domain()).unwrap_or(0);
         let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
         let relations = match rule.map(|r| &r.axes) {
@@ -146,7 +150,7 @@ impl Collected {
             Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
             Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
             Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
-            None => Some(Err(unknown_operator(node.domain(), node.op()))),
+            None => Some(Err(ops::why_unknown(graph, node))),
         };
         // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
         // a constant on (an Identity for each layer, where an exporter merged equal biases) do not tie those behind them.
@@ -188,6 +192,7 @@ impl Collected {
 
     fn relations_of(&mut self, graph: &Graph, id: NodeId, relations: Relations) {
         self.virtuals[id] = self.carriers.len();
+        self.attention.extend(relations.attention.map(|a| (id, a)));
         for (n, shape) in relations.virtuals.into_iter().enumerate() {
             self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant: false });
         }
@@ -256,13 +261,5 @@ impl Collected {
                 }
             }
         }
-    }
-}
-
-fn unknown_operator(domain: &str, op: &str) -> String {
-    if domain.is_empty() {
-        format!("operator {op} has no rule")
-    } else {
-        format!("uses {domain}::{op}, which vitrim does not know")
     }
 }

@@ -62,7 +62,7 @@ pub fn count(graph: &Graph, facts: &Facts, sizes: &Sizes) -> Cost {
 fn macs(graph: &Graph, shape: &dyn Fn(ValueId) -> Option<Vec<Dim>>, sizes: &Sizes) -> Option<u64> {
     let mut total = 0u64;
     for (id, node) in graph.nodes() {
-        let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
+        let Some(rule) = ops::rule_of(graph, node) else { continue };
         let ops::Cost::Rule(cost) = rule.cost else { continue };
         total += node_macs(graph, id, cost, shape, sizes)?;
     }
@@ -137,7 +137,7 @@ impl<'a> Model<'a> {
         let mut moving = Vec::new();
         let mut fixed_macs = Some(0u64);
         for (id, node) in graph.nodes() {
-            let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
+            let Some(rule) = ops::rule_of(graph, node) else { continue };
             let ops::Cost::Rule(cost) = rule.cost else { continue };
             let values = node.inputs().iter().chain(node.outputs()).flatten();
             if values.into_iter().any(|v| touched(*v, facts.shape(*v).map_or(0, <[_]>::len))) {

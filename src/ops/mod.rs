@@ -11,6 +11,7 @@ pub mod einsum;
 pub mod elementwise;
 pub mod layout;
 pub mod matmul;
+pub mod microsoft;
 pub mod norm;
 pub mod pool;
 #[cfg(test)]
@@ -23,7 +24,7 @@ pub mod softmax;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
-use crate::graph::Node;
+use crate::graph::{Graph, Node};
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::slice::refit::{RefitCx, RefitError};
 
@@ -114,6 +115,17 @@ static FAMILIES: &[&[OpRule]] = &[
     select::slice::RULES,
     shape::RULES,
     control::RULES,
+    microsoft::activation::RULES,
+    microsoft::attention::RULES,
+    microsoft::bias::RULES,
+    microsoft::embed::RULES,
+    microsoft::grouped_query::RULES,
+    microsoft::matmul::RULES,
+    microsoft::multi_head::RULES,
+    microsoft::norm::RULES,
+    microsoft::padding::RULES,
+    microsoft::position::RULES,
+    microsoft::rotary::RULES,
 ];
 
 /// All records.
@@ -121,8 +133,33 @@ pub fn all() -> impl Iterator<Item = &'static OpRule> {
     FAMILIES.iter().flat_map(|f| f.iter())
 }
 
-/// The record of an operator. `ai.onnx` and the empty string both mean the default domain.
+/// The record of an operator, whatever the opset. `ai.onnx` and the empty string both mean the default domain.
 pub fn lookup(domain: &str, op: &str) -> Option<&'static OpRule> {
     let domain = if domain == "ai.onnx" { "" } else { domain };
     all().find(|r| r.name == op && r.domain == domain)
+}
+
+/// The record of a node; `None` where there is none, or none that was written from the definition in the graph's opset.
+pub fn rule_of(graph: &Graph, node: &Node) -> Option<&'static OpRule> {
+    let opset = opset_of(graph, node);
+    lookup(node.domain(), node.op()).filter(|r| (r.opsets.0..=r.opsets.1).contains(&opset))
+}
+
+/// Opset of a node's domain; that of a domain that the graph does not import is taken for 1.
+fn opset_of(graph: &Graph, node: &Node) -> i64 {
+    let names: &[&str] = if matches!(node.domain(), "" | "ai.onnx") { &["", "ai.onnx"] } else { &[node.domain()] };
+    names.iter().find_map(|domain| graph.opset(domain)).unwrap_or(1)
+}
+
+/// Why a node has no record.
+pub fn why_unknown(graph: &Graph, node: &Node) -> String {
+    let (domain, op) = (node.domain(), node.op());
+    match lookup(domain, op) {
+        Some(rule) => {
+            let (first, last) = rule.opsets;
+            format!("operator {op} of opset {} has no rule, only opsets {first} to {last} are known", opset_of(graph, node))
+        }
+        None if domain.is_empty() => format!("operator {op} has no rule"),
+        None => format!("uses {domain}::{op}, which vitrim does not know"),
+    }
 }
