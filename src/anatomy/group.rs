@@ -236,9 +236,10 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
 /// The operand that a gate multiplies: an activation, of two the first. A fused operator that makes the operand inside itself has
 /// the constant that it makes it from; training graphs write such an operator out first.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
-    let candidates: Vec<Slot> =
-        std::iter::once(a).chain(b).chain((0..graph.node(node).inputs().len()).map(Slot::In)).collect();
-    for (slot, constant) in candidates.iter().map(|s| (*s, false)).chain(candidates.iter().map(|s| (*s, true))) {
+    let candidates: Vec<Slot> = std::iter::once(a).chain(b).chain((0..graph.node(node).inputs().len()).map(Slot::In)).collect();
+    let is_inside = std::iter::once(a).chain(b).all(|slot| matches!(slot, Slot::Virtual(_)));
+    let constants = candidates.iter().filter(|_| is_inside).map(|slot| (*slot, true));
+    for (slot, constant) in candidates.iter().map(|slot| (*slot, false)).chain(constants) {
         let Slot::In(number) = slot else { continue };
         let Some(carrier) = axes.carrier_at(graph, node, slot) else { continue };
         if axes.carriers()[carrier].constant != constant {

@@ -8,32 +8,115 @@
 
 use super::decompose_attention as attention;
 use crate::graph::build::{Builder, attr};
-use crate::graph::{AttrValue, DType, Graph, Node, NodeId, ValueId};
+use crate::graph::{AttrValue, DType, Graph, Id, Node, NodeId, Tensor, Use, ValueId};
 use crate::infer::{self, Facts, InferError};
+use std::collections::BTreeMap;
 use std::f32::consts::FRAC_1_SQRT_2;
 
-/// Writes out every fused operator that has a form here; returns their labels.
+/// What was written out.
+#[derive(Clone, Debug, Default)]
+pub struct Apart {
+    /// Labels of the nodes.
+    pub labels: Vec<String>,
+    /// The fused node of the model that each new node stands for a part of.
+    origin: BTreeMap<NodeId, NodeId>,
+    /// Copies of constants that other nodes read too.
+    copies: BTreeMap<ValueId, ValueId>,
+}
+
+/// Whether there is anything to write out.
+pub fn applies(graph: &Graph) -> bool {
+    graph.nodes().any(|(_, node)| is_fused(node))
+}
+
+fn is_fused(node: &Node) -> bool {
+    node.domain() == "com.microsoft" || (node.domain().is_empty() && node.op() == "SimplifiedLayerNormalization")
+}
+
+/// Writes out every fused operator that has a form here.
 ///
 /// Errors: the model's shapes contradict each other.
-pub fn run(graph: &mut Graph) -> Result<Vec<String>, InferError> {
-    let mut done = Vec::new();
-    // What stands behind a fused node has no known rank before that node is written out.
+pub fn run(graph: &mut Graph) -> Result<Apart, InferError> {
+    let mut apart = Apart::default();
+    // What stands behind a fused node without a record has no known rank before that node is written out.
     loop {
         let facts = infer::facts(graph)?;
-        let before = done.len();
+        let before = apart.labels.len();
         for id in graph.order().to_vec() {
-            let label = graph.label(id);
-            if write_out(graph, &facts, id).is_some() {
-                done.push(label);
+            let (label, first) = (graph.label(id), graph.node_capacity());
+            if write_out(graph, &facts, id, &mut apart.copies).is_some() {
+                apart.labels.push(label);
+                apart.origin.extend((first..graph.node_capacity()).map(|new| (NodeId::new(new), id)));
             }
         }
         // Nodes of an attempt that was given up are dead too.
         graph.remove_dead(&|_, _| false);
         graph.sort();
-        if done.len() == before {
-            return Ok(done);
+        if apart.labels.len() == before {
+            return Ok(apart);
         }
     }
+}
+
+/// `model` with the constants that `after` has where `before`, its written-out form, has those of the model.
+///
+/// Errors: a constant that the model reads in one place would have to be two.
+pub fn put_back(model: &Graph, apart: &Apart, before: &Graph, after: &Graph) -> Result<Graph, String> {
+    let mut out = model.clone();
+    let constants: Vec<ValueId> = model.values().map(|(v, _)| v).filter(|v| model.is_constant(*v)).collect();
+    for v in constants {
+        let reads = reads_of(model, apart, before, after, v)?;
+        let mut made: Vec<ValueId> = Vec::new();
+        for now in reads.values().filter(|now| **now != v) {
+            if !made.contains(now) {
+                made.push(*now);
+            }
+        }
+        let all = reads.len() == model.value(v).users().len() && !model.outputs().contains(&v);
+        if let ([now], true) = (&made[..], all && reads.values().all(|now| *now != v)) {
+            set_changed(&mut out, v, after.constant(*now));
+            continue;
+        }
+        set_changed(&mut out, v, after.constant(v).filter(|_| reads.values().any(|now| *now == v)));
+        for now in made {
+            let Some(tensor) = after.constant(now) else { return Err("a constant is computed".to_string()) };
+            let copy = out.add_initializer(model.value(v).name(), tensor);
+            for (at, _) in reads.iter().filter(|(_, x)| **x == now) {
+                out.set_input(*at, Some(copy));
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn set_changed(graph: &mut Graph, v: ValueId, tensor: Option<Tensor>) {
+    if let Some(tensor) = tensor
+        && graph.constant(v).is_none_or(|old| old.bytes != tensor.bytes)
+    {
+        graph.set_constant(v, tensor);
+    }
+}
+
+/// The constant of `after` that each reader of a constant of the model reads, those with the content of `v` being `v`.
+fn reads_of(model: &Graph, apart: &Apart, before: &Graph, after: &Graph, v: ValueId) -> Result<BTreeMap<Use, ValueId>, String> {
+    let copies = apart.copies.iter().filter(|(_, source)| **source == v).map(|(copy, _)| *copy);
+    let mut reads: BTreeMap<Use, ValueId> = BTreeMap::new();
+    for source in std::iter::once(v).chain(copies) {
+        for at in before.value(source).users() {
+            let Some(mut now) = after.node(at.node).input(at.slot) else { continue };
+            if now != v && after.constant(now).map(|t| t.bytes) == model.constant(v).map(|t| t.bytes) {
+                now = v;
+            }
+            let node = apart.origin.get(&at.node).copied().unwrap_or(at.node);
+            let slots = (0..model.node(node).inputs().len()).filter(|slot| model.node(node).input(*slot) == Some(v));
+            for at in slots.map(|slot| Use { node, slot }) {
+                if reads.insert(at, now).is_some_and(|other| other != now) {
+                    return Err(format!("'{}' would be two constants in {}", model.value(v).name(), model.label(node)));
+                }
+            }
+        }
+    }
+    Ok(reads)
 }
 
 /// A fused node and the builder of what replaces it.
@@ -41,9 +124,20 @@ pub(super) struct Fused<'a> {
     pub(super) b: Builder<'a>,
     pub(super) facts: &'a Facts,
     pub(super) node: Node,
+    copies: &'a mut BTreeMap<ValueId, ValueId>,
 }
 
 impl Fused<'_> {
+    /// The constant at an input as this node's own, so that it is not tied to other readers by what is picked from it.
+    pub(super) fn own(&mut self, value: ValueId) -> ValueId {
+        let graph = &mut self.b.graph;
+        let Some(tensor) = graph.constant(value).filter(|_| graph.value(value).users().len() > 1) else { return value };
+        let name = graph.value(value).name().to_string();
+        let copy = graph.add_initializer(&name, tensor);
+        self.copies.insert(copy, value);
+        copy
+    }
+
     pub(super) fn input(&self, slot: usize) -> Option<ValueId> {
         self.node.input(slot)
     }
@@ -85,13 +179,12 @@ impl Fused<'_> {
 }
 
 /// Replaces one fused node; `None` where it is none, or is used in a way that is not written here.
-fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId) -> Option<()> {
+fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId, copies: &mut BTreeMap<ValueId, ValueId>) -> Option<()> {
     let node = graph.node(id).clone();
-    let fused_norm = node.op() == "SimplifiedLayerNormalization" || node.op() == "SkipSimplifiedLayerNormalization";
-    if node.domain() != "com.microsoft" && !fused_norm {
+    if !is_fused(&node) {
         return None;
     }
-    let mut f = Fused { b: Builder::new(graph, "apart."), facts, node: node.clone() };
+    let mut f = Fused { b: Builder::new(graph, "apart."), facts, node: node.clone(), copies };
     let outputs = match node.op() {
         "Gelu" => vec![Some(gelu(&mut f, node.input(0)?))],
         "BiasGelu" => {

@@ -32,7 +32,7 @@ pub(super) fn attention(f: &mut Fused<'_>) -> Option<ValueId> {
     if let Some(bias) = f.input(2) {
         product = f.b.add(product, bias);
     }
-    let parts = split(f, product, &sizes);
+    let parts = split(f, product, 2, &sizes);
     heads(f, [parts[0], parts[1], parts[2]], [sizes[0], sizes[2]], f.input(3), f.input(5))
 }
 
@@ -49,7 +49,8 @@ pub(super) fn multi_head(f: &mut Fused<'_>) -> Option<ValueId> {
     };
     let sizes = [width(f, qkv[0])?, width(f, qkv[1])?, width(f, qkv[2])?];
     if let Some(bias) = f.input(3) {
-        let parts = split_constant_axis(f, bias, &sizes);
+        let bias = f.own(bias);
+        let parts = split(f, bias, 0, &sizes);
         for (side, part) in qkv.iter_mut().zip(parts) {
             *side = f.b.add(*side, part);
         }
@@ -57,25 +58,14 @@ pub(super) fn multi_head(f: &mut Fused<'_>) -> Option<ValueId> {
     heads(f, qkv, [sizes[0], sizes[2]], f.input(4), f.input(5))
 }
 
-/// Split on the last axis, of three.
-fn split(f: &mut Fused<'_>, x: ValueId, sizes: &[i64]) -> Vec<ValueId> {
-    let axis = attr("axis", AttrValue::Int(2));
+/// Parts along an axis.
+fn split(f: &mut Fused<'_>, x: ValueId, axis: i64, sizes: &[i64]) -> Vec<ValueId> {
+    let axis = attr("axis", AttrValue::Int(axis));
     if f.b.opset() >= 13 {
         let sizes_input = f.b.ints(sizes);
         return f.b.ops("Split", &[x, sizes_input], vec![axis], sizes.len());
     }
     f.b.ops("Split", &[x], vec![axis, attr("split", AttrValue::Ints(sizes.to_vec()))], sizes.len())
-}
-
-/// Parts of a vector.
-fn split_constant_axis(f: &mut Fused<'_>, x: ValueId, sizes: &[i64]) -> Vec<ValueId> {
-    let mut start = 0;
-    let mut parts = Vec::new();
-    for size in sizes {
-        parts.push(f.b.slice(x, &[start], &[start + size], &[0]));
-        start += size;
-    }
-    parts
 }
 
 /// `softmax(q k^T * scale + mask + bias) v` in every head. q, k, v: [B, N, width].

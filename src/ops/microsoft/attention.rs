@@ -87,7 +87,8 @@ fn attention_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     y.push(Dim::from(p.columns[2].len()));
     let present = match front {
         [batch, tokens] => {
-            let past = if cx.has_input(PAST) { cx.shape(PAST).and_then(|p| p.get(3)).map(|p| p + tokens) } else { Some(tokens.clone()) };
+            let past =
+                if cx.has_input(PAST) { cx.shape(PAST).and_then(|p| p.get(3)).map(|p| p + tokens) } else { Some(tokens.clone()) };
             past.map(|all| vec![Dim::from(2i64), batch.clone(), Dim::from(p.heads), all, Dim::from(p.width(1))])
         }
         _ => None,

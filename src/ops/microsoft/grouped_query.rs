@@ -136,11 +136,7 @@ fn heads_of(r: &mut Relations, (slot, axis): At, s: &Sizes, sharing: &Dim) -> He
 fn operands(r: &mut Relations, s: &Sizes) -> [HeadAxes; 3] {
     let one = Dim::from(1i64);
     if !s.packed {
-        return [
-            heads_of(r, (QUERY, 2), s, &s.sharing()),
-            heads_of(r, (KEY, 2), s, &one),
-            heads_of(r, (VALUE, 2), s, &one),
-        ];
+        return [heads_of(r, (QUERY, 2), s, &s.sharing()), heads_of(r, (KEY, 2), s, &one), heads_of(r, (VALUE, 2), s, &one)];
     }
     let mut start = 0;
     [s.heads, s.key_heads, s.key_heads].map(|heads| {

@@ -9,9 +9,7 @@ use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::Node;
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::conv::{conv_axes, conv_cost, conv_infer, conv_refit};
-use crate::ops::matmul::{
-    gemm_axes, gemm_cost, gemm_infer, matmul_axes, matmul_cost, matmul_infer, product_axes, product_shape,
-};
+use crate::ops::matmul::{gemm_axes, gemm_cost, gemm_infer, matmul_axes, matmul_cost, matmul_infer, product_axes, product_shape};
 use crate::ops::{Cost, CostCx, OpRule, Refit};
 
 /// The records of this family.

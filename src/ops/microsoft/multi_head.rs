@@ -117,7 +117,8 @@ fn multi_head_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     y.extend([s.queries.clone(), &s.heads * &s.value_width]);
     let past = if cx.has_input(PAST[0]) { cx.shape(PAST[0]).and_then(|p| p.get(2)).cloned() } else { Some(Dim::from(0i64)) };
     let all = past.map(|p| &p + &s.keys);
-    let by_head = |tokens: Option<&Dim>, last: Option<&Dim>| Some(vec![s.batch.clone()?, s.heads.clone(), tokens?.clone(), last?.clone()]);
+    let by_head =
+        |tokens: Option<&Dim>, last: Option<&Dim>| Some(vec![s.batch.clone()?, s.heads.clone(), tokens?.clone(), last?.clone()]);
     Ok(vec![
         Fact::new(cx.dtype(0), Some(y)),
         Fact::new(cx.dtype(0), by_head(all.as_ref(), Some(&s.width))),

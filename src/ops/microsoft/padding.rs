@@ -10,7 +10,8 @@ use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::OpRule;
 
 /// The records of this family.
-pub static RULES: &[OpRule] = &[fused("RemovePadding", remove_infer, width_axes), fused("RestorePadding", restore_infer, width_axes)];
+pub static RULES: &[OpRule] =
+    &[fused("RemovePadding", remove_infer, width_axes), fused("RestorePadding", restore_infer, width_axes)];
 
 fn remove_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let int = |shape: Option<Vec<Dim>>| Fact::new(Some(DType::I32), shape);

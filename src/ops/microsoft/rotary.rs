@@ -12,8 +12,7 @@ use crate::ops::attention::rotary::{Layout, Tables, rotary_infer, rotary_refit, 
 use crate::ops::{OpRule, Refit};
 
 /// The records of this family.
-pub static RULES: &[OpRule] =
-    &[OpRule { refit: Refit::Rule(rotary_refit), ..fused("RotaryEmbedding", infer, axes) }];
+pub static RULES: &[OpRule] = &[OpRule { refit: Refit::Rule(rotary_refit), ..fused("RotaryEmbedding", infer, axes) }];
 
 const POSITIONS: usize = 1;
 const COS: usize = 2;
