@@ -4,12 +4,14 @@
 //! Example: `BiasGelu(x, b)` becomes Add, and GELU by Erf; `Attention` becomes MatMul, Add, Split, and the products and softmax
 //! of every head. It is done before the anatomy is taken: groups then have the same ids and units as in the fused model.
 //! Invariant: graph inputs and outputs keep name and content. A use that is not written here (past keys, packed queries) is left
-//! as it is, and the gradient sweep names it. Source: docs/ContribOperators.md of microsoft/onnxruntime.
+//! as it is, and the gradient sweep names it; so is an operator without a kernel for processors, which there is nothing to hold
+//! against. Source: docs/ContribOperators.md of microsoft/onnxruntime.
 
 use super::decompose_attention as attention;
 use crate::graph::build::{Builder, attr};
 use crate::graph::{AttrValue, DType, Graph, Id, Node, NodeId, Tensor, Use, ValueId};
 use crate::infer::{self, Facts, InferError};
+use crate::ops::microsoft::matmul;
 use std::collections::BTreeMap;
 use std::f32::consts::FRAC_1_SQRT_2;
 
@@ -205,11 +207,13 @@ fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId, copies: &mut BTreeMap
             vec![Some(rms_norm(&mut f, x, scale))]
         }
         "EmbedLayerNormalization" => embed_norm(&mut f)?,
-        "FusedMatMul" => vec![Some(fused_matmul(&mut f)?)],
+        "FusedMatMul" | "TransposeMatMul" => vec![Some(fused_matmul(&mut f)?)],
         "FusedGemm" => vec![Some(fused_gemm(&mut f)?)],
         "FusedConv" => vec![Some(fused_conv(&mut f)?)],
         "Attention" => vec![Some(attention::attention(&mut f)?)],
         "MultiHeadAttention" => vec![Some(attention::multi_head(&mut f)?)],
+        "GroupQueryAttention" => vec![Some(attention::grouped_query(&mut f)?)],
+        "RotaryEmbedding" => vec![Some(attention::rotary_embedding(&mut f)?)],
         _ => return None,
     };
     replace(graph, id, &outputs);
@@ -343,15 +347,10 @@ fn embed_norm(f: &mut Fused<'_>) -> Option<Vec<Option<ValueId>>> {
 
 /// `alpha * op(A) x op(B)`
 fn fused_matmul(f: &mut Fused<'_>) -> Option<ValueId> {
-    if f.int("transBatchA", 0) != 0 || f.int("transBatchB", 0) != 0 {
-        return None;
-    }
     let mut sides = [f.input(0)?, f.input(1)?];
-    for (side, name) in sides.iter_mut().zip(["transA", "transB"]) {
-        if f.int(name, 0) != 0 {
-            let rank = f.rank(*side).filter(|r| *r >= 2)?;
-            let mut perm: Vec<usize> = (0..rank).collect();
-            perm.swap(rank - 2, rank - 1);
+    for (side, letter) in sides.iter_mut().zip(['A', 'B']) {
+        let perm = matmul::order(&f.node, f.rank(*side)?, letter);
+        if perm.windows(2).any(|w| w[0] > w[1]) {
             *side = f.b.transpose(*side, &perm);
         }
     }

@@ -6,7 +6,7 @@
 //! the 16 of columns 96 to 143 are carried to the output.
 //! Keys of earlier runs share one tensor with their values, so widths stay where there are any.
 
-use super::{bias_axes, fused, refit_heads, refuse_all};
+use super::{bias_axes, fused, refit_heads, refuse_all, untrained};
 use crate::axes::relation::{At, AxesCx, FusedAttention, KeyMask, Relations, Slot};
 use crate::graph::{AttrValue, Node};
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -25,7 +25,7 @@ pub static RULES: &[OpRule] = &[
     OpRule {
         cost: Cost::Rule(attention_cost),
         refit: Refit::Rule(attention_refit),
-        ..fused("PackedAttention", attention_infer, attention_axes)
+        ..untrained("PackedAttention", attention_infer, attention_axes)
     },
 ];
 

@@ -3,7 +3,7 @@
 //! Shape: the first input's, but for BiasSplitGelu: `x [B, N, 2M]`, `b [2M]` -> `[B, N, M]`, the first half of `x + b` times GELU of
 //! the second. Its kernel exists for a few widths only, so these stay.
 
-use super::fused;
+use super::untrained;
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::DType;
 use crate::infer::{Dim, Fact, InferCx, InferError, normalize_axis};
@@ -13,10 +13,10 @@ use crate::ops::norm::NORMALIZED;
 
 /// The records of this family.
 pub static RULES: &[OpRule] = &[
-    fused("BiasAdd", infer_like_first, broadcast_axes),
-    fused("BiasDropout", dropout_infer, dropout_axes),
-    fused("BiasSoftmax", softmax_infer, softmax_axes),
-    fused("BiasSplitGelu", split_infer, split_axes),
+    untrained("BiasAdd", infer_like_first, broadcast_axes),
+    untrained("BiasDropout", dropout_infer, dropout_axes),
+    untrained("BiasSoftmax", softmax_infer, softmax_axes),
+    untrained("BiasSplitGelu", split_infer, split_axes),
 ];
 
 /// Input slots of BiasDropout: data, bias and residual are added; ratio and mode are single values.

@@ -4,7 +4,7 @@
 //! `transA` swaps the last two; the same for B. Example: `A [197, B, 3, 64]` with `transBatchA` is `[B, 3, 197, 64]`.
 //! An activation works element by element. FusedConv adds its fourth input before the activation.
 
-use super::fused;
+use super::{fused, untrained};
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::Node;
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -16,14 +16,14 @@ use crate::ops::{Cost, CostCx, OpRule, Refit};
 pub static RULES: &[OpRule] = &[
     OpRule { cost: Cost::Rule(product_cost), ..fused("FusedMatMul", product_infer, stored_axes) },
     OpRule { cost: Cost::Rule(product_cost), ..fused("TransposeMatMul", product_infer, stored_axes) },
-    OpRule { cost: Cost::Rule(product_cost), ..fused("FusedMatMulActivation", product_infer, stored_axes) },
-    OpRule { cost: Cost::Rule(matmul_cost), ..fused("GemmFastGelu", matmul_infer, gelu_axes) },
+    OpRule { cost: Cost::Rule(product_cost), ..untrained("FusedMatMulActivation", product_infer, stored_axes) },
+    OpRule { cost: Cost::Rule(matmul_cost), ..untrained("GemmFastGelu", matmul_infer, gelu_axes) },
     OpRule { cost: Cost::Rule(gemm_cost), ..fused("FusedGemm", gemm_infer, gemm_axes) },
     OpRule { cost: Cost::Rule(conv_cost), refit: Refit::Rule(conv_refit), ..fused("FusedConv", conv_infer, conv_sum_axes) },
 ];
 
 /// The stored axis of each axis of an operand of the product.
-fn order(node: &Node, rank: usize, side: char) -> Vec<usize> {
+pub(crate) fn order(node: &Node, rank: usize, side: char) -> Vec<usize> {
     let is_set = |name: &str| node.attr_int(&format!("{name}{side}")).unwrap_or(0) != 0;
     let mut order: Vec<usize> = (0..rank).collect();
     if rank < 2 {

@@ -41,6 +41,14 @@ const fn fused(name: &'static str, infer: Infer, axes: AxesRule) -> OpRule {
     }
 }
 
+/// The same for an operator that is not written out.
+const fn untrained(name: &'static str, infer: Infer, axes: AxesRule) -> OpRule {
+    OpRule {
+        grad: Grad::No("not written out in standard operators: there is no kernel for processors to hold it against"),
+        ..fused(name, infer, axes)
+    }
+}
+
 /// Operators that compute the whole of attention.
 pub(super) const FUSED_ATTENTION: &[&str] =
     &["Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"];

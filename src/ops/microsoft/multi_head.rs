@@ -6,7 +6,7 @@
 //! Example: 3 heads, `[B, 197, 48]` three times, bias `[144]`: entries 0 to 47 of the bias belong to q, and 16 of each head of q are
 //! contracted with those of k.
 
-use super::{bias_axes, fused, refit_heads, refuse_all};
+use super::{bias_axes, fused, refit_heads, refuse_all, untrained};
 use crate::axes::relation::{At, AxesCx, FusedAttention, KeyMask, Relations, Slot};
 use crate::graph::Node;
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -24,7 +24,7 @@ pub static RULES: &[OpRule] = &[
     OpRule {
         cost: Cost::Rule(multi_head_cost),
         refit: Refit::Rule(multi_head_refit),
-        ..fused("PackedMultiHeadAttention", multi_head_infer, multi_head_axes)
+        ..untrained("PackedMultiHeadAttention", multi_head_infer, multi_head_axes)
     },
 ];
 

@@ -4,7 +4,7 @@
 //! Shape: `x [B, N, D]`, `skip` broadcast to it, scale and biases `[D]` -> normalized `[B, N, D]`, mean and deviation `[B, N, 1]`, and
 //! `x + skip + bias` as output 3. Statistics are taken over the last axis, which is a barrier.
 
-use super::fused;
+use super::{fused, untrained};
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::DType;
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -16,8 +16,8 @@ pub static RULES: &[OpRule] = &[
     fused("SkipLayerNormalization", skip_infer, skip_axes),
     fused("SkipSimplifiedLayerNormalization", skip_infer, skip_axes),
     OpRule { domain: "", opsets: (1, 24), ..fused("SimplifiedLayerNormalization", infer_layer, layer_axes) },
-    fused("GroupNorm", infer_same, group_axes),
-    fused("SkipGroupNorm", skip_group_infer, group_axes),
+    untrained("GroupNorm", infer_same, group_axes),
+    untrained("SkipGroupNorm", skip_group_infer, group_axes),
 ];
 
 /// Output with the sum that is normalized.

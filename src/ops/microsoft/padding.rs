@@ -3,7 +3,7 @@
 //! Shape: `x [B, N, D]`, lengths `[B]` -> `[T, D]`, offsets `[B, N]`, sums of lengths `[B+1]`, the longest `[1]`; and `[T, D]`,
 //! `[B, N]` -> `[B, N, D]`. The width is parallel; which tokens are kept depends on data. No kernel for processors.
 
-use super::fused;
+use super::untrained;
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::DType;
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -11,7 +11,7 @@ use crate::ops::OpRule;
 
 /// The records of this family.
 pub static RULES: &[OpRule] =
-    &[fused("RemovePadding", remove_infer, width_axes), fused("RestorePadding", restore_infer, width_axes)];
+    &[untrained("RemovePadding", remove_infer, width_axes), untrained("RestorePadding", restore_infer, width_axes)];
 
 fn remove_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let int = |shape: Option<Vec<Dim>>| Fact::new(Some(DType::I32), shape);

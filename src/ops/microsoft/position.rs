@@ -4,18 +4,21 @@
 //! `[G]`, `[1, H, 1, 1]` -> `[B, H, N, N]`: a gate from each query's head multiplies the bias; the widths of heads are contracted with
 //! the weight. Heads are parallel; buckets are looked up.
 
-use super::fused;
+use super::{fused, untrained};
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::AttrValue;
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::attention::remains;
-use crate::ops::{OpRule, Refit};
+use crate::ops::{Grad, OpRule, Refit};
 use crate::slice::refit::{RefitCx, RefitError};
 
 /// The records of this family.
 pub static RULES: &[OpRule] = &[
-    fused("RelativePositionBias", relative_infer, relative_axes),
-    OpRule { refit: Refit::Rule(gated_refit), ..fused("GatedRelativePositionBias", gated_infer, gated_axes) },
+    OpRule {
+        grad: Grad::No("the buckets of relative positions are not written out in standard operators"),
+        ..fused("RelativePositionBias", relative_infer, relative_axes)
+    },
+    OpRule { refit: Refit::Rule(gated_refit), ..untrained("GatedRelativePositionBias", gated_infer, gated_axes) },
 ];
 
 fn relative_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
