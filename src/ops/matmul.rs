@@ -359,7 +359,18 @@ pub(super) mod one_node {
 
     /// The node `op` on float inputs of the given shapes (`-` where left out), with `outputs` outputs.
     pub(crate) fn graph(op: &str, opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
-        let mut g = Graph::new(8, vec![(String::new(), opset)], Bytes::new());
+        of_domain(("", op), opset, inputs, attrs, outputs)
+    }
+
+    /// The same for an operator of com.microsoft.
+    pub(crate) fn microsoft(op: &str, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        of_domain(("com.microsoft", op), 17, inputs, attrs, outputs)
+    }
+
+    fn of_domain((domain, op): (&str, &str), opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        let mut opsets = vec![(String::new(), opset)];
+        opsets.extend((!domain.is_empty()).then(|| (domain.to_string(), 1)));
+        let mut g = Graph::new(8, opsets, Bytes::new());
         let mut ids = Vec::new();
         for (i, text) in inputs.iter().enumerate() {
             ids.push((*text != "-").then(|| {
@@ -369,7 +380,14 @@ pub(super) mod one_node {
             }));
         }
         let outs = (0..outputs).map(|i| Some(g.add_value(&format!("y{i}")))).collect();
-        g.add_node(NewNode { op: op.to_string(), inputs: ids, outputs: outs, attrs, ..NewNode::default() });
+        g.add_node(NewNode {
+            op: op.to_string(),
+            domain: domain.to_string(),
+            inputs: ids,
+            outputs: outs,
+            attrs,
+            ..NewNode::default()
+        });
         g
     }
 
@@ -390,7 +408,7 @@ pub(super) mod one_node {
         let id = g.order()[0];
         let node = g.node(id);
         let opset = g.opset("").expect("set above");
-        match lookup("", node.op()).map(|r| &r.axes) {
+        match lookup(node.domain(), node.op()).map(|r| &r.axes) {
             Some(Axes::Rule(rule)) => rule(&AxesCx { graph: g, facts: &f, node, id, opset }),
             _ => Relations::default(),
         }
@@ -429,7 +447,7 @@ pub(super) mod one_node {
         let node = g.node(g.order()[0]);
         let of = |v: &[Option<ValueId>]| v.iter().map(|v| v.and_then(|v| f.shape(v))).collect();
         let cx = CostCx { node, inputs: of(node.inputs()), outputs: of(node.outputs()) };
-        match lookup("", node.op()).map(|r| &r.cost) {
+        match lookup(node.domain(), node.op()).map(|r| &r.cost) {
             Some(Cost::Rule(rule)) => rule(&cx).map_or("?".into(), |d| d.to_string()),
             _ => "free".into(),
         }
@@ -441,7 +459,7 @@ pub(super) mod one_node {
         let id: NodeId = g.order()[0];
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
-        let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
+        let Some(Refit::Rule(rule)) = lookup(g.node(id).domain(), g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let original = g.clone();
         let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
         rule(&mut cx).map_err(|e| e.what)?;

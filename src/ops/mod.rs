@@ -163,3 +163,42 @@ pub fn why_unknown(graph: &Graph, node: &Node) -> String {
         None => format!("uses {domain}::{op}, which vitrim does not know"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{rule_of, why_unknown};
+    use crate::graph::{Graph, NewNode, Node};
+
+    fn node(opset: i64, domain: &str, op: &str) -> (Graph, Node) {
+        let mut g = Graph::new(8, vec![(String::new(), opset)], bytes::Bytes::new());
+        let y = g.add_value("y");
+        let new = NewNode { op: op.into(), domain: domain.into(), outputs: vec![Some(y)], ..NewNode::default() };
+        let id = g.add_node(new);
+        let node = g.node(id).clone();
+        (g, node)
+    }
+
+    #[test]
+    fn a_record_speaks_for_its_opsets_only() {
+        for (opset, op, known) in
+            [(22, "RMSNormalization", false), (23, "RMSNormalization", true), (9, "Slice", false), (7, "MatMul", true)]
+        {
+            for domain in ["", "ai.onnx"] {
+                let (g, n) = node(opset, domain, op);
+                assert_eq!(rule_of(&g, &n).is_some(), known, "{domain} {op} of opset {opset}");
+            }
+        }
+        let (g, n) = node(9, "", "Slice");
+        assert_eq!(why_unknown(&g, &n), "operator Slice of opset 9 has no rule, only opsets 10 to 24 are known");
+        let (g, n) = node(17, "", "Nonsense");
+        assert_eq!(why_unknown(&g, &n), "operator Nonsense has no rule");
+        let (g, n) = node(17, "com.example", "Nonsense");
+        assert_eq!(why_unknown(&g, &n), "uses com.example::Nonsense, which vitrim does not know");
+    }
+
+    #[test]
+    fn a_domain_that_is_not_imported_is_of_version_1() {
+        let (g, n) = node(17, "com.microsoft", "BiasGelu");
+        assert!(rule_of(&g, &n).is_some());
+    }
+}

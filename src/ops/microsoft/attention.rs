@@ -209,3 +209,86 @@ fn attention_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     refit_heads(cx, heads, (p.width(0), width));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::graph::AttrValue;
+    use crate::graph::build::attr;
+    use crate::ops::matmul::one_node::{ints, links, macs, microsoft, refit, shapes};
+
+    #[test]
+    fn projections_are_parts_of_the_columns() {
+        let g = microsoft("Attention", &["b n 6", "6 12", "12"], ints(&[("num_heads", 2)]), 1);
+        assert_eq!(shapes(&g), Ok(vec!["b n 4".to_string()]));
+        assert_eq!(macs(&g), "8*b*n^2+72*b*n");
+        let expected = [
+            "in0.2*in1.0",
+            "in1.1=v0.0",
+            "in2.0=v0.0",
+            "v0.0[0..=3]>v1.0@0",
+            "v1.0~v2.0,v2.1",
+            "v0.0[4..=7]>v3.0@0",
+            "v3.0~v4.0,v4.1",
+            "v0.0[8..=11]>v5.0@0",
+            "v5.0~v6.0,v6.1",
+            "out0.2~v7.0,v7.1",
+            "v2.0=v4.0",
+            "v2.0=v6.0",
+            "v2.0=v7.0",
+            "v2.1*v4.1",
+            "v6.1=v7.1",
+            "in0.1=out0.1",
+            "!in0.1",
+            "in0.0=out0.0",
+        ];
+        assert_eq!(links(&g), expected);
+    }
+
+    #[test]
+    fn a_past_keeps_the_widths() {
+        let g = microsoft("Attention", &["b n 6", "6 12", "12", "-", "2 b 2 5 2"], ints(&[("num_heads", 2)]), 2);
+        assert_eq!(shapes(&g), Ok(vec!["b n 4".to_string(), "2 b 2 n+5 2".to_string()]));
+        let links = links(&g);
+        assert!(["!v2.1", "!v6.1", "in4.2=v2.0"].iter().all(|l| links.iter().any(|x| x == l)), "{links:?}");
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_errors_and_unknown_ones_barriers() {
+        assert!(shapes(&microsoft("Attention", &["b n 6", "6 13", "13"], ints(&[("num_heads", 2)]), 1)).is_err());
+        assert!(shapes(&microsoft("Attention", &["b n 6", "6 12", "12"], ints(&[("num_heads", 3)]), 1)).is_err());
+        let g = microsoft("Attention", &["b n 6", "6 m", "m"], ints(&[("num_heads", 2)]), 1);
+        assert_eq!(shapes(&g), Ok(vec!["?".to_string()]));
+        assert!(links(&g).iter().all(|l| l.starts_with('!')));
+    }
+
+    #[test]
+    fn widths_heads_and_the_implied_scale_follow_the_cut() {
+        let columns = |part: usize, kept: &[usize]| kept.iter().map(|c| part * 8 + c).collect::<Vec<_>>();
+        let kept = |qk: &[usize], v: &[usize]| [columns(0, qk), columns(1, qk), columns(2, v)].concat();
+        let new = || microsoft("Attention", &["b n 6", "6 24", "24"], ints(&[("num_heads", 2)]), 1);
+        let sizes = |g: &crate::graph::Graph| g.node(g.order()[0]).attr_ints("qkv_hidden_sizes").map(<[i64]>::to_vec);
+        let mut g = new();
+        assert_eq!(refit(&mut g, &[(1, 1, kept(&[0, 2, 5, 7], &[1, 2, 3, 4, 5, 6]))]), Ok(vec![]));
+        let node = g.node(g.order()[0]);
+        assert_eq!((node.attr_int("num_heads"), node.attr_float("scale")), (Some(2), Some(0.5)));
+        assert_eq!(sizes(&g), Some(vec![4, 4, 6]));
+        // A whole head: widths stay, and nothing but the number of heads is written.
+        let mut g = new();
+        assert_eq!(refit(&mut g, &[(1, 1, kept(&[4, 5, 6, 7], &[4, 5, 6, 7]))]), Ok(vec![]));
+        let node = g.node(g.order()[0]);
+        assert_eq!((node.attr_int("num_heads"), node.attr_float("scale")), (Some(1), None));
+        assert_eq!(sizes(&g), None);
+        // Widths that were unlike and are equal now stay written; a scale of 0 is none.
+        let attrs = vec![
+            attr("num_heads", AttrValue::Int(2)),
+            attr("qkv_hidden_sizes", AttrValue::Ints(vec![8, 8, 8])),
+            attr("scale", AttrValue::Float(0.0)),
+        ];
+        let mut g = microsoft("Attention", &["b n 6", "6 24", "24"], attrs, 1);
+        assert_eq!(refit(&mut g, &[(1, 1, kept(&[0, 4], &[0, 4]))]), Ok(vec![]));
+        assert_eq!(sizes(&g), Some(vec![2, 2, 2]));
+        assert_eq!(g.node(g.order()[0]).attr_float("scale"), Some(0.5));
+        assert!(refit(&mut new(), &[(1, 1, kept(&[0, 1, 4], &[0, 4]))]).is_err());
+        assert!(refit(&mut new(), &[(1, 1, kept(&[0, 4], &[0, 1]))]).is_err());
+    }
+}

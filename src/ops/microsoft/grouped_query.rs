@@ -205,3 +205,35 @@ fn grouped_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::ops::matmul::one_node::{ints, links, microsoft, refit, shapes};
+
+    const HEADS: &[(&str, i64)] = &[("num_heads", 4), ("kv_num_heads", 2)];
+
+    #[test]
+    fn whole_key_heads_are_cut_and_widths_stay() {
+        let g = microsoft("GroupQueryAttention", &["b n 32", "b n 16", "b n 16", "-", "-", "b", "1"], ints(HEADS), 3);
+        assert_eq!(shapes(&g), Ok(["b n 32", "b 2 n 8", "b 2 n 8"].map(String::from).to_vec()));
+        let links = links(&g);
+        for link in ["in0.2~v0.0,v0.1,v0.2", "in1.2~v1.0,v1.1", "v0.0=v1.0", "v0.2*v1.1", "!v1.1", "!v2.1", "out1.1=v0.0"] {
+            assert!(links.iter().any(|l| l == link), "{link} in {links:?}");
+        }
+    }
+
+    #[test]
+    fn heads_follow_the_cut_in_both_forms() {
+        let apart = &["b n 32", "b n 16", "b n 16", "-", "-", "b", "1"][..];
+        let one = &["b n 64", "-", "-", "-", "-", "b", "1"][..];
+        let second = |from: usize, to: usize| (from..to).collect::<Vec<_>>();
+        let packed = [second(16, 32), second(40, 48), second(56, 64)].concat();
+        let cuts = [vec![(0, 2, second(16, 32)), (1, 2, second(8, 16)), (2, 2, second(8, 16))], vec![(0, 2, packed)]];
+        for (inputs, cut) in [apart, one].into_iter().zip(cuts) {
+            let mut g = microsoft("GroupQueryAttention", inputs, ints(HEADS), 3);
+            assert_eq!(refit(&mut g, &cut), Ok(vec![]));
+            let node = g.node(g.order()[0]);
+            assert_eq!((node.attr_int("num_heads"), node.attr_int("kv_num_heads")), (Some(2), Some(1)), "{inputs:?}");
+        }
+    }
+}

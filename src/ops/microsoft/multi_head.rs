@@ -302,3 +302,86 @@ fn remains_of_keys(cx: &RefitCx<'_>, heads: Option<i64>) -> Result<Option<(usize
     }
     Ok(remains(cx, 1, heads)?.map(|k| (k.heads, Some(k.first.len()))))
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::ops::matmul::one_node::{ints, links, macs, microsoft, refit, shapes};
+
+    #[test]
+    fn biases_belong_to_their_projections() {
+        let g = microsoft("MultiHeadAttention", &["b n 4", "b m 4", "b m 6", "14"], ints(&[("num_heads", 2)]), 1);
+        assert_eq!(shapes(&g), Ok(vec!["b n 6".to_string()]));
+        assert_eq!(macs(&g), "10*b*m*n");
+        let expected = [
+            "in0.2~v0.0,v0.1",
+            "in1.2~v1.0,v1.1",
+            "in2.2~v2.0,v2.1",
+            "out0.2~v3.0,v3.1",
+            "v0.0=v1.0",
+            "v0.0=v2.0",
+            "v0.0=v3.0",
+            "v0.1*v1.1",
+            "v2.1=v3.1",
+            "in3.0=v4.0",
+            "v4.0[0..=3]>v5.0@0",
+            "v5.0~v6.0,v6.1",
+            "v6.0=v0.0",
+            "v6.1=v0.1",
+            "v4.0[4..=7]>v7.0@0",
+            "v7.0~v8.0,v8.1",
+            "v8.0=v1.0",
+            "v8.1=v1.1",
+            "v4.0[8..=13]>v9.0@0",
+            "v9.0~v10.0,v10.1",
+            "v10.0=v2.0",
+            "v10.1=v2.1",
+            "in0.1=out0.1",
+            "in1.1*in2.1",
+            "!in1.1",
+            "in0.0=out0.0",
+            "in1.0=out0.0",
+            "in2.0=out0.0",
+        ];
+        assert_eq!(links(&g), expected);
+    }
+
+    #[test]
+    fn values_and_keys_of_one_width_keep_it() {
+        let forms: [(&[&str], usize); 3] =
+            [(&["b n 4", "b 2 m 2", "b 2 m 2"], 2), (&["b n 8", "b m 2 2 4"], 1), (&["b n 2 3 4"], 0)];
+        for (inputs, slot) in forms {
+            let g = microsoft("MultiHeadAttention", inputs, ints(&[("num_heads", 2)]), 1);
+            let links = links(&g);
+            let barrier = format!("!in{slot}.{}", inputs[slot].split(' ').count() - 1);
+            assert!(links.contains(&barrier), "{inputs:?}: {links:?}");
+            assert!(!links.iter().any(|l| l == "!in0.2" && inputs.len() > 1), "{inputs:?}: {links:?}");
+        }
+    }
+
+    #[test]
+    fn a_bias_with_heads_goes_with_them() {
+        let inputs = ["b n 4", "b m 4", "b m 4", "-", "-", "1 2 n m"];
+        let links = links(&microsoft("MultiHeadAttention", &inputs, ints(&[("num_heads", 2)]), 1));
+        for link in ["in5.1=v0.0", "in5.2=in0.1", "in5.3=in1.1"] {
+            assert!(links.iter().any(|l| l == link), "{link} in {links:?}");
+        }
+    }
+
+    #[test]
+    fn heads_and_the_implied_scale_follow_the_cut() {
+        let new = || microsoft("MultiHeadAttention", &["b n 8", "b m 8", "b m 6"], ints(&[("num_heads", 2)]), 1);
+        let mut g = new();
+        assert_eq!(refit(&mut g, &[(0, 2, vec![0, 6]), (1, 2, vec![0, 6])]), Ok(vec![]));
+        let node = g.node(g.order()[0]);
+        assert_eq!((node.attr_int("num_heads"), node.attr_float("scale")), (Some(2), Some(0.5)));
+        let mut g = new();
+        let head = [(0, 2, vec![4, 5, 6, 7]), (1, 2, vec![4, 5, 6, 7]), (2, 2, vec![3, 4, 5])];
+        assert_eq!(refit(&mut g, &head), Ok(vec![]));
+        let node = g.node(g.order()[0]);
+        assert_eq!((node.attr_int("num_heads"), node.attr_float("scale")), (Some(1), None));
+        assert!(refit(&mut new(), &[(0, 2, vec![0, 6])]).is_err());
+        let mut g = microsoft("MultiHeadAttention", &["b n 2 3 4"], ints(&[("num_heads", 2)]), 1);
+        assert_eq!(refit(&mut g, &[(0, 2, vec![1])]), Ok(vec![]));
+        assert_eq!(g.node(g.order()[0]).attr_int("num_heads"), Some(1));
+    }
+}
