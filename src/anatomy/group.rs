@@ -219,8 +219,10 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
 }
 
 /// The operand that a gate multiplies: an activation, of two the first that has all heads. Where all are computed from constants (an
-/// MLP that makes a table of relative positions), one that is computed.
+/// MLP that makes a table of relative positions), one that is computed. A fused operator that makes the operand inside itself has
+/// the constant that it makes it from; training graphs write such an operator out first.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
+    let is_inside = std::iter::once(a).chain(b).all(|slot| matches!(slot, Slot::Virtual(_)));
     let operands: Vec<(usize, CarrierId)> = std::iter::once(a)
         .chain(b)
         .chain((0..graph.node(node).inputs().len()).map(Slot::In))
@@ -230,11 +232,12 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         })
         .collect();
     let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
-    let computed = |n: &usize| {
-        graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v)) && is_hidden_in_constants(graph, axes, group)
+    let serves = |n: &usize| {
+        let computed = graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v));
+        is_inside || (computed && is_hidden_in_constants(graph, axes, group))
     };
     let mut best: Option<Site> = None;
-    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
+    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
         let rank = axes.carriers()[carrier].shape.len();
         let holds = |axis: &usize| {
             let on = axes.classes_on((carrier, *axis));

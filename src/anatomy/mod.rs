@@ -67,6 +67,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
             }
         }
     }
+    taken.extend(attention.iter().flat_map(|a| &a.sharers));
     let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
         .filter(|c| !taken.contains(c) && between_weights(&axes, &axes.classes()[*c]))
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
@@ -110,7 +111,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
 /// Whether a node reads shapes alone.
 fn is_shape_only(graph: &Graph, id: NodeId) -> bool {
     let node = graph.node(id);
-    ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
+    ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
 }
 
 /// Position of each node in the order of the graph.

@@ -175,7 +175,7 @@ fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
     let mut all = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::lookup(node.domain(), node.op()).map(|r| &r.axes)) {
+        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::rule_of(graph, node).map(|r| &r.axes)) {
             let opset = graph.opset(node.domain()).unwrap_or(0);
             all.insert(id, rule(&AxesCx { graph, facts, node, id, opset }));
         }

@@ -183,7 +183,7 @@ fn parts<'a>(node: &Node, x: Option<&'a [Dim]>, w: Option<&'a [Dim]>) -> Option<
     Some((x, w, Window::of(node, w[2..].to_vec())))
 }
 
-fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let Some((x, w, window)) = parts(cx.node, cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
     let window = window.map_err(|e| cx.error(e))?;
     let channels = &w[1] * &Dim::from(group(cx.node));
@@ -209,7 +209,7 @@ fn grouped(relations: &mut Relations, at: At, g: &Dim, inner: &Dim) -> (At, Opti
 
 /// One group: `b |c| .., m |c| .. -> b m ..`. Groups: channels are `(g, c/g)` and `(g, m/g)`, the group is parallel.
 /// Depthwise: `b c .., c 1 .. -> b c ..`.
-fn conv_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn conv_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let (x, out) = (Slot::In(0), Slot::Out(0));
     let Some((_, w, Ok(window))) = parts(cx.node, Some(cx.shape(x)), Some(cx.shape(Slot::In(1)))) else { return relations };
@@ -247,13 +247,13 @@ fn relate_bias_and_kernel(cx: &AxesCx<'_>, relations: &mut Relations, window: &W
 }
 
 /// `elements of the output * C/g * kernel positions`
-fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let (w, out) = (cx.inputs.get(1).copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * &w.get(1..)?.iter().product::<Dim>())
 }
 
 /// Groups that remain = input channels that remain / those of one group.
-fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+pub(super) fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     refit_group(cx, cx.kept_input(0, 1).map(<[usize]>::len), cx.old_input(0).get(1).and_then(Dim::size))
 }
 

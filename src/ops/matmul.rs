@@ -59,50 +59,64 @@ fn split(shape: &[Dim]) -> (&[Dim], &[Dim]) {
     shape.split_at(shape.len().saturating_sub(2))
 }
 
-fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
+    let out = product_shape(a, b).map_err(|e| cx.error(e))?;
+    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+}
+
+/// Shape of the product of two values.
+pub(super) fn product_shape(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     if a.is_empty() || b.is_empty() {
-        return Err(cx.error("a scalar operand"));
+        return Err("a scalar operand".to_string());
     }
     let ((batch_a, last_a), (batch_b, last_b)) = (split(a), split(b));
     let (k_a, k_b) = (&last_a[last_a.len() - 1], &last_b[0]);
     if contradict(k_a, k_b) {
-        return Err(cx.error(format!("inner sizes differ: {k_a} of the first operand, {k_b} of the second")));
+        return Err(format!("inner sizes differ: {k_a} of the first operand, {k_b} of the second"));
     }
     let rank = batch_a.len().max(batch_b.len());
     let mut out = Vec::with_capacity(rank + 2);
     for axis in 0..rank {
         let at = |batch: &[Dim]| (axis + batch.len()).checked_sub(rank).map_or(Dim::from(1i64), |i| batch[i].clone());
         let (x, y) = (at(batch_a), at(batch_b));
-        out.push(broadcast_dim(&x, &y).ok_or_else(|| cx.error(format!("batch sizes {x} and {y} do not broadcast")))?);
+        out.push(broadcast_dim(&x, &y).ok_or_else(|| format!("batch sizes {x} and {y} do not broadcast"))?);
     }
     out.extend(last_a[..last_a.len() - 1].iter().cloned());
     out.extend(last_b[1..].iter().cloned());
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(out)
 }
 
 /// `..b m |k|, ..b |k| n -> ..b m n`
-fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
+    let order = |slot: usize| (0..cx.shape(Slot::In(slot)).len()).collect::<Vec<_>>();
+    product_axes(cx, [&order(0), &order(1)])
+}
+
+/// The same for operands whose axes are stored in another order: axis i of an operand of the product is axis `order[i]` of the input.
+pub(super) fn product_axes(cx: &AxesCx<'_>, order: [&[usize]; 2]) -> Relations {
     let mut relations = Relations::default();
-    let (a, b, out) = (cx.shape(Slot::In(0)), cx.shape(Slot::In(1)), cx.shape(Slot::Out(0)));
+    let out = cx.shape(Slot::Out(0));
+    let [a, b] = order;
     if a.is_empty() || b.is_empty() {
         return relations;
     }
     let (rows, columns) = (usize::from(a.len() > 1), usize::from(b.len() > 1));
     let batch = out.len() - rows - columns;
-    for (slot, shape) in [(0, a), (1, b)] {
-        let own = shape.len().saturating_sub(2);
-        for (axis, size) in shape.iter().enumerate().take(own) {
-            relate_broadcast(&mut relations, ((Slot::In(slot), axis), size), batch - own + axis, out);
+    for (slot, order) in [(0, a), (1, b)] {
+        let own = order.len().saturating_sub(2);
+        for (axis, stored) in order.iter().enumerate().take(own) {
+            let at = (Slot::In(slot), *stored);
+            relate_broadcast(&mut relations, (at, &cx.shape(at.0)[*stored]), batch - own + axis, out);
         }
     }
     if rows == 1 {
-        relations.same((Slot::In(0), a.len() - 2), (Slot::Out(0), batch));
+        relations.same((Slot::In(0), a[a.len() - 2]), (Slot::Out(0), batch));
     }
     if columns == 1 {
-        relations.same((Slot::In(1), b.len() - 1), (Slot::Out(0), batch + rows));
+        relations.same((Slot::In(1), b[b.len() - 1]), (Slot::Out(0), batch + rows));
     }
-    relations.contract((Slot::In(0), a.len() - 1), (Slot::In(1), b.len().saturating_sub(2)));
+    relations.contract((Slot::In(0), a[a.len() - 1]), (Slot::In(1), b[b.len().saturating_sub(2)]));
     relations
 }
 
@@ -117,7 +131,7 @@ fn relate_broadcast(relations: &mut Relations, (at, size): (At, &Dim), axis: usi
 }
 
 /// `elements of the output * K`
-fn matmul_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn matmul_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let (input, out) = (cx.inputs.first().copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * input.last()?)
 }
@@ -260,7 +274,7 @@ fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
     (a, b)
 }
 
-fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
     if a.len() != 2 || b.len() != 2 {
         return Err(cx.error(format!("operands of rank {} and {}, expected 2", a.len(), b.len())));
@@ -280,7 +294,7 @@ fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
 }
 
 /// `m |k|, |k| n, c -> m n`, C being broadcast.
-fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let ((m, k_a), (k_b, n)) = gemm_layout(cx.node);
     relations.same((Slot::In(0), m), (Slot::Out(0), 0));
@@ -293,7 +307,7 @@ fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
 }
 
 /// `M * N * K`
-fn gemm_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn gemm_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let (a, out) = (cx.inputs.first().copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * a.get(gemm_layout(cx.node).0.1)?)
 }
@@ -345,7 +359,18 @@ pub(super) mod one_node {
 
     /// The node `op` on float inputs of the given shapes (`-` where left out), with `outputs` outputs.
     pub(crate) fn graph(op: &str, opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
-        let mut g = Graph::new(8, vec![(String::new(), opset)], Bytes::new());
+        of_domain(("", op), opset, inputs, attrs, outputs)
+    }
+
+    /// The same for an operator of com.microsoft.
+    pub(crate) fn microsoft(op: &str, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        of_domain(("com.microsoft", op), 17, inputs, attrs, outputs)
+    }
+
+    fn of_domain((domain, op): (&str, &str), opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        let mut opsets = vec![(String::new(), opset)];
+        opsets.extend((!domain.is_empty()).then(|| (domain.to_string(), 1)));
+        let mut g = Graph::new(8, opsets, Bytes::new());
         let mut ids = Vec::new();
         for (i, text) in inputs.iter().enumerate() {
             ids.push((*text != "-").then(|| {
@@ -355,7 +380,14 @@ pub(super) mod one_node {
             }));
         }
         let outs = (0..outputs).map(|i| Some(g.add_value(&format!("y{i}")))).collect();
-        g.add_node(NewNode { op: op.to_string(), inputs: ids, outputs: outs, attrs, ..NewNode::default() });
+        g.add_node(NewNode {
+            op: op.to_string(),
+            domain: domain.to_string(),
+            inputs: ids,
+            outputs: outs,
+            attrs,
+            ..NewNode::default()
+        });
         g
     }
 
@@ -376,7 +408,7 @@ pub(super) mod one_node {
         let id = g.order()[0];
         let node = g.node(id);
         let opset = g.opset("").expect("set above");
-        match lookup("", node.op()).map(|r| &r.axes) {
+        match lookup(node.domain(), node.op()).map(|r| &r.axes) {
             Some(Axes::Rule(rule)) => rule(&AxesCx { graph: g, facts: &f, node, id, opset }),
             _ => Relations::default(),
         }
@@ -415,7 +447,7 @@ pub(super) mod one_node {
         let node = g.node(g.order()[0]);
         let of = |v: &[Option<ValueId>]| v.iter().map(|v| v.and_then(|v| f.shape(v))).collect();
         let cx = CostCx { node, inputs: of(node.inputs()), outputs: of(node.outputs()) };
-        match lookup("", node.op()).map(|r| &r.cost) {
+        match lookup(node.domain(), node.op()).map(|r| &r.cost) {
             Some(Cost::Rule(rule)) => rule(&cx).map_or("?".into(), |d| d.to_string()),
             _ => "free".into(),
         }
@@ -427,7 +459,7 @@ pub(super) mod one_node {
         let id: NodeId = g.order()[0];
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
-        let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
+        let Some(Refit::Rule(rule)) = lookup(g.node(id).domain(), g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let original = g.clone();
         let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
         rule(&mut cx).map_err(|e| e.what)?;

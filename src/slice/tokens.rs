@@ -65,7 +65,7 @@ pub(super) fn cut(
         if !values().any(|v| stays.range((*v, 0)..=(*v, usize::MAX)).next().is_some()) {
             continue;
         }
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let Some(Refit::Rule(rule)) = ops::rule_of(graph, node).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| stays.get(&(v, axis)).map(Vec::as_slice);
         let mut cx = RefitCx { graph: &mut out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new() };
         rule(&mut cx)?;
