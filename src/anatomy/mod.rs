@@ -13,7 +13,7 @@ mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
-pub use tokens::{FIXED, TokenSite};
+pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId};
 use crate::graph::{Graph, Id};
@@ -45,7 +45,7 @@ pub struct Anatomy {
     /// Attention layers, from the input on.
     pub attention: Vec<AttentionLayer>,
     /// Places where the sequence can be shortened, from the input on.
-    pub tokens: Vec<TokenSite>,
+    pub tokens: TokenSites,
 }
 
 /// Names the classes of a graph.
@@ -87,7 +87,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
             None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
         }
     }
-    anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));
+    anatomy.groups.extend(anatomy.tokens.sites.iter().map(group::of_tokens));
     for (_, node, reason) in without {
         let refused =
             Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };

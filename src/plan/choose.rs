@@ -179,19 +179,13 @@ fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> us
 
 /// All steps of all ladders, in the order of score per cost.
 fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usize> {
-    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
     for (i, l) in ladders.iter().enumerate() {
         if l.steps.is_empty() {
             continue;
         }
-        let mut one = vec![0; ladders.len()];
-        one[i] = 1;
-        let after = cost_after(ladders, &one, model);
-        let saved = match (by_macs, whole.macs, after.macs) {
-            (true, Some(a), Some(b)) => a.saturating_sub(b),
-            _ => whole.params.saturating_sub(after.params),
-        };
+        let step = model.first_step(l.group);
+        let saved = if by_macs { step.macs.unwrap_or(step.params) } else { step.params };
         let mut floor = f64::NEG_INFINITY;
         for (n, (_, score)) in l.steps.iter().enumerate() {
             floor = floor.max(score / saved.max(1) as f64);
@@ -203,19 +197,14 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
 }
 
 fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Cost {
-    let sizes: BTreeMap<ClassId, usize> = ladders
-        .iter()
-        .zip(counts)
+    let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
+    let sizes: BTreeMap<ClassId, usize> = shortened()
         .filter(|(l, _)| l.group.kind != Kind::Token)
         .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n))
         .collect();
-    let tokens: BTreeMap<usize, usize> = ladders
-        .iter()
-        .zip(counts)
-        .filter(|(l, _)| l.group.kind == Kind::Token)
-        .map(|(l, n)| (l.group.layer, l.width_after(*n)))
-        .collect();
-    model.under(&|class| sizes.get(&class).copied(), &tokens)
+    let tokens: BTreeMap<usize, usize> =
+        shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
+    model.under(&sizes, &tokens)
 }
 
 fn steps_for_budget(

@@ -110,7 +110,7 @@ pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analy
     if sites.is_empty() {
         return cut_units(graph, facts, anatomy, kept);
     }
-    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, &sites)?;
+    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, anatomy, &sites)?;
     let (facts, anatomy) = analyse(&shorter)?;
     let left: Kept =
         kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
