@@ -280,15 +280,24 @@ fn logit_axes(cx: &AxesCx<'_>, relations: &mut Relations, slot: Slot, s: &Sizes,
     }
 }
 
-/// `B * H * Nq * Nk * (E + Ev)`
+/// `B * Nq * Nk * (H*E + H*Ev)`: widths of all heads together, so that it holds of any cut.
 fn attention_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let shape = |slot: usize| cx.inputs.get(slot).copied().flatten();
-    let past = cx.node.input(PAST_KEY).map(|_| shape(PAST_KEY));
-    if past == Some(None) {
-        return None;
+    let (q, k, y) = (shape(0)?, shape(1)?, cx.outputs.first().copied().flatten()?);
+    let past = match cx.node.input(PAST_KEY) {
+        Some(_) => shape(PAST_KEY)?.get(2)?.clone(),
+        None => Dim::from(0i64),
+    };
+    let keys = k.get(token_axis(k))? + &past;
+    Some([q.first()?, q.get(token_axis(q))?, &keys, &(&all_heads(q)? + &all_heads(y)?)].into_iter().product())
+}
+
+/// Width of all heads of a value.
+pub(super) fn all_heads(shape: &[Dim]) -> Option<Dim> {
+    match shape {
+        [_, heads, _, width] => Some(heads * width),
+        _ => shape.last().cloned(),
     }
-    let s = sizes(cx.node, shape(0)?, shape(1)?, shape(2)?, past.flatten()).ok()?;
-    Some([&s.batch, &s.heads, &s.queries, &s.all_keys, &(&s.width + &s.value_width)].into_iter().product())
 }
 
 /// What remains of an input's heads.

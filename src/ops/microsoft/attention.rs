@@ -169,21 +169,19 @@ fn side_axes(cx: &AxesCx<'_>, r: &mut Relations, p: &Projection, tokens: At, [q,
     (!cx.has(Slot::In(MASK))).then_some(mask)
 }
 
-/// `B * N * D * (columns) + B * H * N * T * (E + Ev)`; what a packed batch costs depends on its sequences.
+/// `B * N * D * columns + B * N * T * (H*E + H*Ev)`; what a packed batch costs depends on its sequences.
 fn attention_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let shape = |slot: usize| cx.inputs.get(slot).copied().flatten();
     let [batch, tokens, width] = shape(0)? else { return None };
-    let weight = shape(WEIGHT)?;
+    let (columns, y) = (shape(WEIGHT)?.get(1)?, cx.outputs.first().copied().flatten()?.last()?);
     let past = match cx.node.input(PAST) {
         Some(_) => shape(PAST)?.get(3)?.clone(),
         None => Dim::from(0i64),
     };
-    let heads = cx.node.attr_int("num_heads").filter(|h| *h > 0)?;
-    let y = cx.outputs.first().copied().flatten()?.last()?;
-    let keys = (weight.get(1)? - y).exact_div(&Dim::from(2 * heads))?;
-    let both = &keys + &y.exact_div(&Dim::from(heads))?;
-    let projections: Dim = [batch, tokens, width, weight.get(1)?].into_iter().product();
-    let products: Dim = [batch, &Dim::from(heads), tokens, &(&past + tokens), &both].into_iter().product();
+    // q and k are as wide as each other.
+    let both = &(columns - y).exact_div(&Dim::from(2i64))? + y;
+    let projections: Dim = [batch, tokens, width, columns].into_iter().product();
+    let products: Dim = [batch, tokens, &(&past + tokens), &both].into_iter().product();
     Some(&projections + &products)
 }
 

@@ -174,12 +174,11 @@ fn side_axes(cx: &AxesCx<'_>, r: &mut Relations, s: &Sizes, q: &HeadAxes) {
     }
 }
 
-/// `B * H * N * T * 2E`
+/// `B * N * T * 2 * H*E`
 fn grouped_cost(cx: &CostCx<'_>) -> Option<Dim> {
-    let q = cx.inputs.first().copied().flatten()?;
-    let s = Sizes::of(cx.node, q, cx.node.input(1).is_some()).ok()?;
+    let [batch, queries, width] = cx.outputs.first().copied().flatten()? else { return None };
     let keys = cx.outputs.get(1).copied().flatten()?.get(2)?;
-    Some([&q[0], &Dim::from(s.heads), &q[1], keys, &Dim::from(2 * s.width)].into_iter().product())
+    Some([batch, queries, keys, width, &Dim::from(2i64)].into_iter().product())
 }
 
 /// Heads of queries and of keys.

@@ -259,19 +259,25 @@ fn past_axes(cx: &AxesCx<'_>, r: &mut Relations, head: At, widths: [At; 2]) {
     }
 }
 
-/// `B * H * N * T * (E + Ev)`; what a packed batch costs depends on its sequences.
+/// `B * N * T * (H*E + H*Ev)`; what a packed batch costs depends on its sequences.
 fn multi_head_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let shape = |slot: usize| cx.inputs.get(slot).copied().flatten();
-    let unknown = |slot: usize| cx.node.input(slot).is_some() && shape(slot).is_none();
-    if unknown(1) || unknown(2) {
-        return None;
-    }
-    let s = Sizes::of(cx.node, shape(0)?, shape(1), shape(2)).ok()?;
-    let keys = match cx.node.input(PAST[0]) {
-        Some(_) => shape(PAST[0])?.get(2)? + &s.keys,
-        None => s.keys.clone(),
+    let (q, y) = (shape(0)?, cx.outputs.first().copied().flatten()?);
+    let [batch, queries, values] = y else { return None };
+    let keys = match cx.node.input(1) {
+        Some(_) => shape(1)?,
+        None => q,
     };
-    Some([s.batch.as_ref()?, &s.heads, &s.queries, &keys, &(&s.width + &s.value_width)].into_iter().product())
+    let past = match cx.node.input(PAST[0]) {
+        Some(_) => shape(PAST[0])?.get(2)?.clone(),
+        None => Dim::from(0i64),
+    };
+    let keys = &past + keys.get(if keys.len() == 4 { 2 } else { 1 })?;
+    let width = match q {
+        [_, _, heads, _, width] => heads * width,
+        _ => q.last()?.clone(),
+    };
+    Some([batch, queries, &keys, &(&width + values)].into_iter().product())
 }
 
 /// Number of heads, and the scale that the old width implied.
