@@ -433,3 +433,58 @@ fn activation(f: &mut Fused<'_>, y: ValueId, alpha: Option<f32>, beta: Option<f3
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Declared, DeclaredDim, NewNode};
+    use bytes::Bytes;
+
+    /// Two attentions over x [b, 3, 4], whose biases are one constant.
+    fn two_layers() -> Graph {
+        let mut g = Graph::new(8, vec![(String::new(), 17), ("com.microsoft".into(), 1)], Bytes::new());
+        let dims = [DeclaredDim::Symbol("b".into()), DeclaredDim::Size(3), DeclaredDim::Size(4)];
+        let mut x = g.add_value("x");
+        g.add_input(x, Declared { dtype: Some(DType::F32), dims: Some(dims.to_vec()), extra: Bytes::new() });
+        let bias = g.add_initializer("bias", Tensor::f32(&[12], &[0.0; 12]));
+        for layer in 0..2 {
+            let y = g.add_value(&format!("y{layer}"));
+            g.add_node(NewNode {
+                op: "MultiHeadAttention".into(),
+                domain: "com.microsoft".into(),
+                inputs: [x, x, x, bias].map(Some).to_vec(),
+                outputs: vec![Some(y)],
+                attrs: vec![attr("num_heads", AttrValue::Int(2))],
+                ..NewNode::default()
+            });
+            x = y;
+        }
+        g.add_output(x, Declared { dtype: None, dims: None, extra: Bytes::new() });
+        g
+    }
+
+    fn biases(g: &Graph) -> Vec<f32> {
+        let bias = |id: &NodeId| g.constant(g.node(*id).input(3)?)?.to_f32s()?.first().copied();
+        g.order().iter().filter_map(bias).collect()
+    }
+
+    #[test]
+    fn constants_of_the_written_out_form_go_back_to_their_nodes() {
+        let model = two_layers();
+        let mut before = model.clone();
+        let apart = run(&mut before).expect("the graph is sound");
+        assert_eq!(apart.labels.len(), 2);
+        assert!(before.nodes().all(|(_, n)| n.domain().is_empty()));
+        let same = put_back(&model, &apart, &before, &before).expect("nothing changed");
+        assert_eq!((biases(&same), same.value_count()), (vec![0.0, 0.0], model.value_count()));
+        // Each layer was given a constant of its own, which trains apart.
+        let mut after = before.clone();
+        let own = *apart.copies.keys().next().expect("the first layer has a copy");
+        after.set_constant(own, Tensor::f32(&[12], &[1.0; 12]));
+        let trained = put_back(&model, &apart, &before, &after).expect("one use each");
+        assert_eq!(biases(&trained), [1.0, 0.0]);
+        let shared = after.find("bias").expect("the second layer reads it");
+        after.set_constant(shared, Tensor::f32(&[12], &[2.0; 12]));
+        assert_eq!(biases(&put_back(&model, &apart, &before, &after).expect("one use each")), [1.0, 2.0]);
+    }
+}
