@@ -24,6 +24,8 @@ pub struct AttentionLayer {
     pub vo: Vec<ClassId>,
     /// Classes around both.
     pub head: Vec<ClassId>,
+    /// Of a fused operator: query heads that share a key head. They are not cut: spelled out, they are one value stretched.
+    pub sharers: Vec<ClassId>,
 }
 
 /// Operators that pass logits or probabilities on, position by position.
@@ -111,7 +113,8 @@ fn fused(graph: &Graph, axes: &Axes, id: NodeId, place: usize) -> AttentionLayer
     let qk = sinks_at(axes, id, &on(parts.qk));
     let head = difference(&on(parts.head), &qk);
     let vo = difference(&difference(&on(parts.vo), &head), &qk);
-    layer(axes, id, id, vec![id], place, qk, vo, head)
+    let sharers = parts.sharers.map(on).unwrap_or_default().into_iter().collect();
+    AttentionLayer { sharers, ..layer(axes, id, id, vec![id], place, qk, vo, head) }
 }
 
 fn spelled_out(
@@ -163,7 +166,7 @@ fn layer(
     head: BTreeSet<ClassId>,
 ) -> AttentionLayer {
     let sized = |set: BTreeSet<ClassId>| set.into_iter().filter(|c| axes.classes()[*c].size.is_some()).collect();
-    AttentionLayer { logits, softmax, mixes, place, qk: sized(qk), vo: sized(vo), head: sized(head) }
+    AttentionLayer { logits, softmax, mixes, place, qk: sized(qk), vo: sized(vo), head: sized(head), sharers: Vec::new() }
 }
 
 fn classes_of(axes: &Axes, carrier: CarrierId) -> BTreeSet<ClassId> {

@@ -63,6 +63,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
             }
         }
     }
+    taken.extend(attention.iter().flat_map(|a| &a.sharers));
     let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
         .filter(|c| !taken.contains(c) && between_weights(&axes, &axes.classes()[*c]))
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))

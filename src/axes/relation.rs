@@ -54,6 +54,8 @@ pub enum Link {
 pub struct FusedAttention {
     /// Heads of keys and values.
     pub head: At,
+    /// Query heads that share a key head, where there are several.
+    pub sharers: Option<At>,
     /// Width of a head of the query, which is contracted with that of the key.
     pub qk: At,
     /// Width of a head of the value.

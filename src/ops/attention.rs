@@ -68,7 +68,7 @@ struct Sizes {
 }
 
 /// Axis of the tokens.
-fn token_axis(shape: &[Dim]) -> usize {
+pub(super) fn token_axis(shape: &[Dim]) -> usize {
     if shape.len() == 4 { 2 } else { 1 }
 }
 
@@ -229,7 +229,13 @@ fn attention_axes(cx: &AxesCx<'_>) -> Relations {
     }
     let mask = KeyMask { keys: k_axes.tokens, queries: q_axes.tokens, bias: MASK };
     let whole = alone && !cx.has(Slot::In(KEY_LENGTHS)) && cx.shape(Slot::In(MASK)).last().is_none_or(|m| *m == s.keys);
-    r.attention = Some(FusedAttention { head: q_axes.head, qk: q_axes.width, vo: v_axes.width, mask: whole.then_some(mask) });
+    r.attention = Some(FusedAttention {
+        head: q_axes.head,
+        sharers: q_axes.sharer,
+        qk: q_axes.width,
+        vo: v_axes.width,
+        mask: whole.then_some(mask),
+    });
     if let [length] = cx.shape(Slot::In(KEY_LENGTHS)) {
         relate(r, ((Slot::In(KEY_LENGTHS), 0), length), &[(y, 0)], &s.batch);
     }

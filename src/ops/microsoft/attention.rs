@@ -128,7 +128,7 @@ fn attention_axes(cx: &AxesCx<'_>) -> Relations {
         r.same((INPUT, 0), (OUTPUT, 0));
     }
     let mask = side_axes(cx, r, &p, tokens, [q, v]);
-    r.attention = Some(FusedAttention { head: (q, 0), qk: (q, 1), vo: (v, 1), mask });
+    r.attention = Some(FusedAttention { head: (q, 0), sharers: None, qk: (q, 1), vo: (v, 1), mask });
     relations
 }
 

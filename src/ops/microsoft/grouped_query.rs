@@ -114,7 +114,7 @@ fn grouped_axes(cx: &AxesCx<'_>) -> Relations {
         r.barrier((slot, 2), "keys and values of earlier runs");
     }
     side_axes(cx, r, &s, &q);
-    r.attention = Some(FusedAttention { head: q.head, qk: q.width, vo: v.width, mask: None });
+    r.attention = Some(FusedAttention { head: q.head, sharers: q.sharer, qk: q.width, vo: v.width, mask: None });
     relations
 }
 

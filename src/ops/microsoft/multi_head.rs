@@ -147,7 +147,7 @@ fn multi_head_axes(cx: &AxesCx<'_>) -> Relations {
     bias_of_projections(cx, r, &s, [q, k, v]);
     let mask = token_axes(cx, r, &s, q.0);
     past_axes(cx, r, q.0, [k.1, v.1]);
-    r.attention = Some(FusedAttention { head: q.0, qk: q.1, vo: v.1, mask });
+    r.attention = Some(FusedAttention { head: q.0, sharers: None, qk: q.1, vo: v.1, mask });
     relations
 }
 

@@ -9,6 +9,7 @@ use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::Node;
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::attention::rotary::{Layout, Tables, rotary_infer, rotary_refit, rotation};
+use crate::ops::attention::token_axis;
 use crate::ops::{OpRule, Refit};
 
 /// The records of this family.
@@ -48,6 +49,42 @@ pub(crate) fn layout(node: &Node, x: &[Dim], cos: &[Dim]) -> Result<Layout, Stri
 }
 
 fn axes(cx: &AxesCx<'_>) -> Relations {
-    let found = layout(cx.node, cx.shape(Slot::In(0)), cx.shape(Slot::In(COS)));
-    rotation(cx, found, Tables { cos: Slot::In(COS), sin: Slot::In(SIN), positions: Slot::In(POSITIONS) })
+    let x = cx.shape(Slot::In(0));
+    let found = layout(cx.node, x, cx.shape(Slot::In(COS)));
+    let mut relations = rotation(cx, found, Tables { cos: Slot::In(COS), sin: Slot::In(SIN), positions: Slot::In(POSITIONS) });
+    if cx.shape(Slot::In(POSITIONS)).len() == 1 {
+        relations.barrier((Slot::In(0), token_axis(x)), "positions are counted along this axis");
+    }
+    relations
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::ops::matmul::one_node::{ints, links, microsoft, refit, shapes};
+
+    #[test]
+    fn heads_follow_from_the_tables() {
+        let g = microsoft("RotaryEmbedding", &["b n 12", "b n", "50 2", "50 2"], vec![], 1);
+        assert_eq!(shapes(&g), Ok(vec!["b n 12".to_string()]));
+        let links = links(&g);
+        for link in ["in0.2~v0.0,v0.1", "v0.1[0..=1]>v2.1@0", "v2.1=v3.1", "in2.1=v2.1", "!in2.0", "in1.1=out0.1"] {
+            assert!(links.iter().any(|l| l == link), "{link} in {links:?}");
+        }
+    }
+
+    #[test]
+    fn counted_positions_keep_their_tokens() {
+        let g = microsoft("RotaryEmbedding", &["b n 12", "1", "50 2", "50 2"], vec![], 1);
+        assert!(links(&g).iter().any(|l| l == "!in0.1"));
+        let g = microsoft("RotaryEmbedding", &["b 3 n 4", "1", "50 2", "50 2"], vec![], 1);
+        assert!(links(&g).iter().any(|l| l == "!in0.2"));
+    }
+
+    #[test]
+    fn named_sizes_follow_the_cut() {
+        let attrs = ints(&[("num_heads", 2), ("rotary_embedding_dim", 4)]);
+        let mut g = microsoft("RotaryEmbedding", &["b n 12", "b n", "50 2", "50 2"], attrs, 1);
+        assert_eq!(refit(&mut g, &[(0, 2, vec![1, 3, 4, 7, 9, 10]), (2, 1, vec![1]), (3, 1, vec![1])]), Ok(vec![]));
+        assert_eq!(g.node(g.order()[0]).attr_int("rotary_embedding_dim"), Some(2));
+    }
 }
