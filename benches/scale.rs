@@ -94,19 +94,25 @@ fn large(settings: &Settings, folder: &Path) -> Result<()> {
     for _ in 0..settings.rounds {
         inspects.push(run(command(["inspect", "--json"]).arg(&model))?);
         let mut cp = run(Command::new("cp").arg(&model).arg(&copy))?;
-        cp.seconds += run(Command::new("sync").arg(&copy))?.seconds;
+        let sync = run(Command::new("sync").arg(&copy))?;
+        (cp.seconds, cp.busy) = (cp.seconds + sync.seconds, cp.busy + sync.busy);
         std::fs::remove_file(&copy)?;
         copies.push(cp);
+        let _ = std::fs::remove_file(&out); // freeing it is no part of writing the next
         slices.push(run(command(["slice", "--force", "--json"]).arg(&model).arg("--plan").arg(&plan).arg("-o").arg(&out))?);
     }
     let written = std::fs::metadata(&out)?.len() as f64;
     let seconds = |all: &[Usage]| all.iter().map(|u| u.seconds).collect::<Vec<_>>();
+    let busy = |all: &[Usage]| all.iter().map(|u| u.busy).collect::<Vec<_>>();
     let anonymous = |all: &[Usage], unit: f64| all.iter().map(|u| u.anonymous as f64 / unit).collect::<Vec<_>>();
     let ratios = slices.iter().zip(&copies).map(|(s, c)| s.seconds / c.seconds).collect();
     report("inspect, seconds", seconds(&inspects));
+    report("inspect, processor seconds", busy(&inspects));
     report("inspect, anonymous MB", anonymous(&inspects, 1e6));
     report("cp and sync, seconds", seconds(&copies));
+    report("cp and sync, processor seconds", busy(&copies));
     report("slice, seconds", seconds(&slices));
+    report("slice, processor seconds", busy(&slices));
     report("slice / (cp and sync)", ratios);
     report("slice, anonymous / output", anonymous(&slices, written));
     for file in [model, plan, out] {
@@ -178,6 +184,8 @@ fn huge(settings: &Settings, folder: &Path) -> Result<()> {
 
 struct Usage {
     seconds: f64,
+    /// Processor time, in steps of 10 ms.
+    busy: f64,
     /// Unit: bytes.
     anonymous: u64,
 }
@@ -196,7 +204,7 @@ fn vitrim(words: &[&std::ffi::OsStr], keep: &str, out: &Path) -> Result<f64> {
 
 /// Runs a command to its end, looking at its memory every millisecond.
 fn run(command: &mut Command) -> Result<Usage> {
-    let start = Instant::now();
+    let (start, busy) = (Instant::now(), busy_of_children());
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     let status = format!("/proc/{}/status", child.id());
     let mut anonymous = 0;
@@ -209,13 +217,20 @@ fn run(command: &mut Command) -> Result<Usage> {
     };
     let seconds = start.elapsed().as_secs_f64();
     if ended.success() {
-        return Ok(Usage { seconds, anonymous });
+        return Ok(Usage { seconds, busy: busy_of_children() - busy, anonymous });
     }
     let mut message = String::new();
     if let Some(mut stderr) = child.stderr.take() {
         std::io::Read::read_to_string(&mut stderr, &mut message)?;
     }
     Err(format!("{command:?}: {ended}: {message}").into())
+}
+
+/// Processor time of all processes that this one has waited for: fields 16 and 17 of /proc/self/stat, in hundredths of a second.
+fn busy_of_children() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    fields.iter().skip(13).take(2).filter_map(|f| f.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 fn anonymous_bytes(status: &str) -> u64 {
