@@ -156,7 +156,7 @@ fn mask_fused(out: &mut Graph, facts: &Facts, fused: &FusedKeys, gone: &[bool]) 
         Some((bias, Some(DType::Bool))) => {
             let seen: Vec<bool> = gone.iter().map(|g| !g).collect();
             let seen = b.constant(Tensor { dims: vec![1, seen.len()], ..Tensor::bools(&seen) });
-            b.op("And", &[bias, seen], vec![])
+            b.and(bias, seen)
         }
         given => {
             let row = gone.iter().map(|g| if *g { MASKED } else { 0.0 });
