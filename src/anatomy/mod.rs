@@ -14,7 +14,7 @@ mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
-pub use tokens::{FIXED, Stretch, TokenSite, TokenSites};
+pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId};
 use crate::graph::{Graph, Id, NodeId};

@@ -24,13 +24,18 @@ pub(super) enum Trainable<'a> {
 impl<'a> Trainable<'a> {
     /// Of a graph that was read from `path`.
     pub(super) fn of(path: &Path, (graph, facts, anatomy): (&'a Graph, &'a Facts, &'a Anatomy)) -> Result<Self, Error> {
-        if !decompose::applies(graph) {
+        let infer_error = |cause| Error::Infer { file: path.to_path_buf(), cause };
+        let has_masks = anatomy.tokens.all().flat_map(|s| &s.fused).next().is_some();
+        if !decompose::applies(graph) && !has_masks {
             return Ok(Trainable::Itself(graph, facts, anatomy));
         }
-        let infer_error = |cause| Error::Infer { file: path.to_path_buf(), cause };
         let mut copy = graph.clone();
-        let apart = decompose::run(&mut copy).map_err(infer_error)?;
-        let (facts, anatomy) = analyse(&copy).map_err(infer_error)?;
+        let apart = if decompose::applies(graph) { decompose::run(&mut copy).map_err(infer_error)? } else { Apart::default() };
+        let (mut facts, mut anatomy) = analyse(&copy).map_err(infer_error)?;
+        // What stays fused is masked by an input, which may be missing.
+        if decompose::open_masks(&mut copy, &facts, anatomy.tokens.all().flat_map(|s| &s.fused)) {
+            (facts, anatomy) = analyse(&copy).map_err(infer_error)?;
+        }
         Ok(Trainable::Copy(Box::new((Analysed { graph: copy, facts, anatomy }, apart))))
     }
 
@@ -50,8 +55,8 @@ impl<'a> Trainable<'a> {
     ///
     /// Errors: the copy has no such group.
     pub(super) fn gates(&self, model: &Model, kinds: &[Kind]) -> Result<(Vec<GateGroup>, Vec<TokenGate>), Error> {
-        let (graph, _, anatomy) = self.parts();
-        let (mut groups, mut tokens) = search::gates(graph, anatomy, kinds);
+        let (graph, facts, anatomy) = self.parts();
+        let (mut groups, mut tokens) = search::gates(graph, facts, anatomy, kinds);
         let known = |id: &str, units: usize| model.anatomy.groups.iter().any(|g| g.id == id && g.units() == units);
         groups.retain(|g| known(&g.id, g.units));
         tokens.retain(|t| known(&t.id, t.units));

@@ -96,11 +96,11 @@ fn gather_sites(out: &mut Graph, sites: &[(&TokenSite, BTreeSet<usize>)]) {
             Some(b) => b.iter().copied().collect(),
         };
         let positions: Vec<usize> = (0..there.len()).filter(|i| kept.contains(&there[*i])).collect();
-        let users = out.value(site.value).users().to_vec();
-        let gathered = shapes::gather(out, site.value, site.axis, &positions, "cut");
-        for at in users {
-            if at.slot < out.node(at.node).inputs().len() {
-                out.set_input(at, Some(gathered));
+        for value in std::iter::once(&site.value).chain(&site.beside) {
+            let users = out.value(*value).users().to_vec();
+            let gathered = shapes::gather(out, *value, site.axis, &positions, "cut");
+            for at in users.iter().filter(|at| at.slot < out.node(at.node).inputs().len()).collect::<Vec<_>>() {
+                out.set_input(*at, Some(gathered));
             }
         }
         before = Some(kept);

@@ -8,9 +8,10 @@
 //! against. Source: docs/ContribOperators.md of microsoft/onnxruntime.
 
 use super::decompose_attention as attention;
+use crate::anatomy::FusedKeys;
 use crate::graph::build::{Builder, attr};
 use crate::graph::{AttrValue, DType, Graph, Id, Node, NodeId, Tensor, Use, ValueId};
-use crate::infer::{self, Facts, InferError};
+use crate::infer::{self, Dim, Facts, InferError};
 use crate::ops::microsoft::matmul;
 use std::collections::BTreeMap;
 use std::f32::consts::FRAC_1_SQRT_2;
@@ -58,6 +59,40 @@ pub fn run(graph: &mut Graph) -> Result<Apart, InferError> {
             return Ok(apart);
         }
     }
+}
+
+/// Gives every fused attention that stays so something that is added to its logits, so that a token mask can be added there: zeros, or
+/// what the node has, as numbers of the full size. Says whether anything changed.
+pub fn open_masks<'a>(graph: &mut Graph, facts: &Facts, fused: impl Iterator<Item = &'a FusedKeys>) -> bool {
+    let mut changed = false;
+    for f in fused {
+        let size = |(v, axis): (ValueId, usize)| facts.shape(v).and_then(|s| s.get(axis)).and_then(Dim::size);
+        let (Some(queries), Some(keys)) = (size(f.queries), size(f.keys)) else { continue };
+        let dtype = facts.get(f.queries.0).dtype.unwrap_or(DType::F32);
+        let given = graph.node(f.node).input(f.bias);
+        let is_whole = |v: ValueId| facts.shape(v).and_then(<[_]>::last).is_some_and(|d| d.size() == Some(keys));
+        let is_bool = |v: ValueId| facts.get(v).dtype == Some(DType::Bool);
+        if given.is_some_and(|v| is_whole(v) && !is_bool(v)) {
+            continue;
+        }
+        let mut b = Builder::new(graph, "apart.");
+        let shape = b.ints(&[1, 1, queries as i64, keys as i64]);
+        // Computed, so that it is nobody's weight.
+        let zero = Tensor::new(dtype, vec![1], Default::default()).with_f32s(&[0.0]);
+        let zeros = b.op("ConstantOfShape", &[shape], vec![attr("value", AttrValue::Tensor(zero))]);
+        let bias = match given {
+            None => zeros,
+            Some(v) if is_bool(v) => {
+                let hidden = b.scalar(dtype, if dtype == DType::F16 { -3e4 } else { -1e30 });
+                b.op("Where", &[v, zeros, hidden], vec![])
+            }
+            Some(v) => b.add(v, zeros),
+        };
+        graph.set_input(Use { node: f.node, slot: f.bias }, Some(bias));
+        changed = true;
+    }
+    graph.sort();
+    changed
 }
 
 /// `model` with the constants that `after` has where `before`, its written-out form, has those of the model.
