@@ -145,10 +145,10 @@ fn growth(settings: &Settings, folder: &Path) -> Result<()> {
         for (i, layers) in depths.iter().enumerate() {
             report(&format!("{name}, {layers} layers, seconds"), all.iter().map(|r| r[i][number]).collect());
         }
-        for i in 2..depths.len() {
+        for (i, layers) in depths.iter().enumerate().skip(2) {
             let per_node = |r: &[[f64; 3]; 4], i: usize| (r[i][number] - r[0][number]) / (nodes[i] - nodes[0]);
             report(
-                &format!("{name}, per node, {} / 12 layers", depths[i]),
+                &format!("{name}, per node, {layers} / 12 layers"),
                 all.iter().map(|r| per_node(r, i) / per_node(r, 1)).collect(),
             );
         }

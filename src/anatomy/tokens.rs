@@ -230,7 +230,7 @@ impl<'a> Walker<'a> {
             stretches: Vec::new(),
         };
         for (id, node) in graph.nodes() {
-            if !walker.is_shape_only(id) {
+            if !super::is_shape_only(graph, id) {
                 for v in node.inputs().iter().flatten().chain(node.captures()) {
                     walker.last_read[*v] = walker.place[id.index()];
                 }
@@ -338,7 +338,7 @@ impl<'a> Walker<'a> {
             if node.captures().iter().any(tagged) {
                 return Err(format!("{} reads tokens inside a subgraph", self.graph.label(*id)));
             }
-            if !node.inputs().iter().flatten().any(tagged) || self.is_shape_only(*id) {
+            if !node.inputs().iter().flatten().any(tagged) || super::is_shape_only(self.graph, *id) {
                 continue;
             }
             self.step(&mut path, *id)?;
@@ -386,11 +386,6 @@ impl<'a> Walker<'a> {
             }
         }
         Ok(())
-    }
-
-    fn is_shape_only(&self, id: NodeId) -> bool {
-        let node = self.graph.node(id);
-        ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
     }
 
     /// Carries tokens over one node.
@@ -455,8 +450,11 @@ impl<'a> Walker<'a> {
     /// `b` holds what `a` holds.
     fn equal(&self, path: &mut Path, id: NodeId, a: At, b: At, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
         let Some(tokens) = tags.get(&a).cloned() else { return Ok(()) };
+        // A token that stays whatever happens may have been carried on as something that is no token of the site.
+        let free =
+            |list: &[usize]| -> Vec<usize> { list.iter().map(|t| if path.pinned.contains(t) { FIXED } else { *t }).collect() };
         match (tags.get(&b), b.0) {
-            (Some(known), _) if *known == tokens => Ok(()),
+            (Some(known), _) if free(known) == free(&tokens) => Ok(()),
             (Some(_), _) => Err(format!("{} combines different selections of tokens", self.graph.label(id))),
             (None, Slot::In(slot)) => {
                 let v = self.graph.node(id).input(slot).ok_or("an input is missing")?;

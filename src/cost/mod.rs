@@ -329,15 +329,13 @@ fn axis_sizes(anatomy: &Anatomy) -> BTreeMap<(usize, usize), AxisSize> {
             let cut = axes.classes_on(at).into_iter().filter(|c| leaves.contains(c));
             return AxisSize::Multiple(cut.filter_map(|c| Some((c, axes.classes()[c].size?))).collect());
         }
-        let mut seen: BTreeMap<Vec<usize>, Vec<(ClassId, usize)>> = BTreeMap::new();
-        for r in axes.regions(at) {
-            seen.entry(r.positions).or_insert(r.factors);
-        }
-        AxisSize::Sum(seen.into_values().collect())
+        // Any section: they differ in classes, but all of them keep the same number.
+        let section = axes.sections(at).into_iter().next().unwrap_or_default();
+        AxisSize::Sum(section.into_iter().map(|r| r.factors).collect())
     };
     let mut sizes = BTreeMap::new();
-    for class in &leaves {
-        for m in &axes.classes()[*class].members {
+    for group in anatomy.groups.iter().filter(|g| g.kind != Kind::Token) {
+        for m in axes.classes()[group.leaf].members.iter().filter(|m| !group.aside.contains(&m.carrier)) {
             sizes.entry((m.carrier, m.axis)).or_insert_with_key(|at| size_of(*at));
         }
     }

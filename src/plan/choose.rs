@@ -157,13 +157,14 @@ impl Ladder<'_> {
 
     /// Stored dims per head after `n` steps.
     fn width_after(&self, n: usize) -> usize {
-        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
-        self.group.stored.len() - n * per_head
+        let heads = self.group.nest_count() * self.group.sharing();
+        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / heads.max(1));
+        self.group.width() - n * per_head
     }
 
     /// The greatest number of steps up to `n` that leaves a rounded width.
     fn rounded(&self, n: usize, round: usize) -> usize {
-        if round <= 1 || self.group.stored.len() < round {
+        if round <= 1 || self.group.width() < round {
             return n;
         }
         (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
@@ -171,7 +172,7 @@ impl Ladder<'_> {
 }
 
 fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> usize {
-    let width = ladder.group.stored.len();
+    let width = ladder.group.width();
     let target = (fraction * width as f64).round() as usize;
     let n = (0..=ladder.steps.len()).find(|n| ladder.width_after(*n) <= target).unwrap_or(ladder.steps.len());
     ladder.rounded(n, limits.round)

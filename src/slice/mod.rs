@@ -9,6 +9,7 @@
 mod branch;
 mod constants;
 pub mod cutset;
+mod heads;
 pub mod refit;
 mod shapes;
 mod tokens;
@@ -147,6 +148,7 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
         shapes::patch(&mut out, facts, at, &entries);
     }
     let (cuts, cloned) = constants::cut(&mut out, needs);
+    heads::spread(&mut out, graph, &anatomy.axes, &cut);
     out.sort();
     let removed = out.remove_dead(&|g, v| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty());
     let added = out.order().iter().filter(|id| !before.contains(id)).map(|id| out.label(*id)).collect();
