@@ -131,13 +131,21 @@ impl Group {
         (0..width).filter(|s| self.stored[*s] == coordinate).map(|s| head * width + s).collect()
     }
 
+    /// [`Group::bundle`] of each unit of the first position of `nest`.
+    pub fn bundles(&self) -> Vec<Vec<usize>> {
+        let mut at: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (unit, coordinate) in self.stored.iter().enumerate() {
+            at.entry(*coordinate).or_default().push(unit);
+        }
+        self.stored.iter().map(|coordinate| at[coordinate].clone()).collect()
+    }
+
     /// Whether the group's removed units, as `removed[nest coordinate][leaf coordinate]`, hit a position with these factors.
     ///
     /// Returns (row of the nest, coordinate of the leaf) of the position; `None` where the position is not of the group.
     pub fn locate(&self, region: &Region, offset: usize) -> Option<(usize, usize)> {
-        let coordinates = region.coordinates(offset);
-        let leaf = *coordinates.get(&self.leaf)?;
-        let row = self.nest.iter().try_fold(0, |row, (class, size)| coordinates.get(class).map(|at| row * size + at))?;
+        let leaf = region.coordinate(offset, self.leaf)?;
+        let row = self.nest.iter().try_fold(0, |row, (class, size)| Some(row * size + region.coordinate(offset, *class)?))?;
         Some((row, leaf))
     }
 }
@@ -296,8 +304,8 @@ fn site_index(
         };
         for (offset, position) in joined.positions.iter().enumerate() {
             if let Some((row, leaf)) = group.locate(&joined, offset) {
-                let at = joined.coordinates(offset);
-                let head = group.sharers.iter().fold(0, |head, (c, n)| head * n + at.get(c).copied().unwrap_or(0));
+                let of = |class| joined.coordinate(offset, class).unwrap_or(0);
+                let head = group.sharers.iter().fold(0, |head, (c, n)| head * n + of(*c));
                 index[*position] = Some((row, head, leaf));
             }
         }
@@ -305,8 +313,12 @@ fn site_index(
     // Stored dims of one coordinate are told apart by their order along the axis.
     let mut seen: BTreeMap<(usize, usize, usize), usize> = BTreeMap::new();
     let width = group.width();
+    let mut stored: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for (dim, coordinate) in group.stored[..width].iter().enumerate() {
+        stored.entry(*coordinate).or_default().push(dim);
+    }
     let mut unit = |(row, head, leaf): (usize, usize, usize)| {
-        let same: Vec<usize> = (0..width).filter(|s| group.stored[*s] == leaf).collect();
+        let same = &stored[&leaf];
         let n = seen.entry((row, head, leaf)).or_insert(0);
         let stored = same[*n % same.len()];
         *n += 1;
