@@ -1,6 +1,6 @@
 //! What deep and large models must not cost: counts that stand for time, and the parts that a model beyond one message is handed over in.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+#![allow(clippy::print_stdout, clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
 mod harness;
 #[path = "../benches/scale/vit.rs"]
