@@ -7,11 +7,13 @@
 //! sums over it), and whose E of v is another, which also is the inner factor of the rows of the output projection.
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
 
+mod blocks;
 mod collect;
 mod partition;
 mod refine;
 pub mod relation;
 mod unify;
+mod vanish;
 
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
 pub use unify::{Class, ClassId, Member, Region};
@@ -60,7 +62,9 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
     let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
     let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
-    let unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
+    let mut unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
+    blocks::apply(&collected, &mut unified);
+    vanish::apply(graph, &collected, &mut unified);
     Axes { collected, unified }
 }
 

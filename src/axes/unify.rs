@@ -39,6 +39,8 @@ pub struct Class {
     pub sinks: Vec<SinkSite>,
     /// Why it cannot be cut.
     pub barriers: Vec<Barrier>,
+    /// Positions that stay or go together: `n * run` to `n * run + run - 1`. 1 where each is free.
+    pub run: usize,
 }
 
 /// The factors of one axis in one case: the positions of the axis, row-major over the factors, and the class of each factor.
@@ -398,7 +400,7 @@ fn classes_of(
                 for (n, size) in refiner.factors[slot].iter().enumerate() {
                     let root = union.find(first[slot] + n);
                     let class = *numbers.entry(root).or_insert_with(|| {
-                        classes.push(Class { size: size.size(), ..Class::default() });
+                        classes.push(Class { size: size.size(), run: 1, ..Class::default() });
                         classes.len() - 1
                     });
                     of_slot[slot].push((class, size.size()));

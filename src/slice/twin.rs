@@ -7,8 +7,9 @@ use super::tokens::kept_tokens;
 use super::{Sliced, TensorCut};
 use crate::anatomy::{Anatomy, FIXED};
 use crate::graph::build::Builder;
-use crate::graph::{Graph, Tensor, Use};
+use crate::graph::{Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
+use crate::ops::quantize::{self, Part};
 use crate::slice::cutset::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,7 +34,7 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
         let from = edited.contains(name).then(|| sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))).flatten();
         let zeroed = match from {
             Some(small) => spread(&tensor, &small, &of_units),
-            None => of_units.iter().fold(tensor, |t, c| zero(&t, c.axis, &c.removed)),
+            None => without(graph, v, tensor, &of_units),
         };
         out.set_constant(v, zeroed);
     }
@@ -52,14 +53,101 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
 
 /// The tensor with the positions `removed` of `axis` zeroed.
 pub fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
-    let width = tensor.dtype.bits() / 8;
-    let inner = tensor.dims[axis + 1..].iter().product::<usize>() * width;
+    fill(tensor, axis, removed, &|_| 0)
+}
+
+/// What the twin makes of a constant: quantized numbers get their zero point, scales and zero points stay as they are.
+fn without(graph: &Graph, v: ValueId, tensor: Tensor, cuts: &[&TensorCut]) -> Tensor {
+    let parts: Vec<(Use, Option<Part>)> = graph.value(v).users().iter().map(|u| (*u, part_of(graph, *u))).collect();
+    if !parts.is_empty() && parts.iter().all(|(_, p)| *p == Some(Part::Parameter)) {
+        return tensor;
+    }
+    let zero_point = parts.iter().find_map(|(at, part)| match part {
+        Some(Part::Data { zero_point }) => ZeroPoint::of(graph, *at, *zero_point, &tensor),
+        _ => None,
+    });
+    cuts.iter().fold(tensor, |t, c| match &zero_point {
+        Some(z) => fill(&t, c.axis, &c.removed, &|element| z.at(element)),
+        None => zero(&t, c.axis, &c.removed),
+    })
+}
+
+fn part_of(graph: &Graph, at: Use) -> Option<Part> {
+    let node = graph.node(at.node);
+    quantize::part_at(node.domain(), node.op(), at.slot)
+}
+
+/// The zero point of every element of a constant.
+struct ZeroPoint {
+    values: Tensor,
+    /// Sizes of the constant.
+    dims: Vec<usize>,
+    /// Positions of the constant's axis to one of the zero point's, for each axis; 0 where one stands for all.
+    step: Vec<usize>,
+}
+
+impl ZeroPoint {
+    fn of(graph: &Graph, at: Use, slot: usize, data: &Tensor) -> Option<Self> {
+        let node = graph.node(at.node);
+        let values = graph.constant(node.input(slot)?)?;
+        let dims = data.dims.clone();
+        let one = |axis: usize| (0..dims.len()).map(|a| usize::from(a == axis)).collect::<Vec<_>>();
+        let step = match values.element_count() {
+            1 => vec![0; dims.len()],
+            _ if values.dims.len() == dims.len() => {
+                let block = node.attr_int("block_size").and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0)?;
+                let step = |(d, z): (&usize, &usize)| if *z == 1 { 0 } else if z == d { 1 } else { block };
+                dims.iter().zip(&values.dims).map(step).collect()
+            }
+            n => one(quantize::zero_point_axis(node, at.slot, &dims).filter(|axis| dims[*axis] == n)?),
+        };
+        let same_type = values.dtype == data.dtype && !values.bytes.is_empty();
+        same_type.then_some(Self { values, dims, step })
+    }
+
+    /// The stored zero point of an element.
+    fn at(&self, element: usize) -> u8 {
+        let (mut rest, mut index, mut stride) = (element, 0, 1);
+        for axis in (0..self.dims.len()).rev() {
+            let position = rest % self.dims[axis];
+            rest /= self.dims[axis];
+            if self.step[axis] > 0 {
+                let at = position / self.step[axis];
+                index += at * stride;
+                stride *= self.dims[axis].div_ceil(self.step[axis]);
+            }
+        }
+        element_of(&self.values.bytes, self.values.dtype.bits(), index)
+    }
+}
+
+/// An element of at most 8 bits.
+fn element_of(bytes: &[u8], bits: usize, index: usize) -> u8 {
+    let bits = bits.clamp(1, 8);
+    let per_byte = 8 / bits;
+    let mask = u8::try_from((1u32 << bits) - 1).unwrap_or(u8::MAX);
+    (bytes[index / per_byte] >> (bits * (index % per_byte))) & mask
+}
+
+/// The tensor with other elements at the positions `removed` of `axis`: 0 for elements of more than 8 bits, else what `with` says of
+/// each, by its number.
+fn fill(tensor: &Tensor, axis: usize, removed: &[usize], with: &dyn Fn(usize) -> u8) -> Tensor {
+    let bits = tensor.dtype.bits();
+    let inner = tensor.dims[axis + 1..].iter().product::<usize>();
     let outer: usize = tensor.dims[..axis].iter().product();
     let mut bytes = tensor.bytes.to_vec();
-    for o in 0..outer {
-        for r in removed {
-            let start = (o * tensor.dims[axis] + r) * inner;
-            bytes[start..start + inner].fill(0);
+    let starts = (0..outer).flat_map(|o| removed.iter().map(move |r| (o * tensor.dims[axis] + r) * inner));
+    for start in starts {
+        if bits > 8 {
+            bytes[start * (bits / 8)..(start + inner) * (bits / 8)].fill(0);
+            continue;
+        }
+        for element in start..start + inner {
+            let per_byte = 8 / bits.max(1);
+            let shift = bits * (element % per_byte);
+            let mask = u8::try_from(((1u32 << bits) - 1) << shift).unwrap_or(u8::MAX);
+            let byte = &mut bytes[element / per_byte];
+            *byte = (*byte & !mask) | ((with(element) << shift) & mask);
         }
     }
     Tensor { bytes: bytes.into(), ..tensor.clone() }
