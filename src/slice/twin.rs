@@ -52,8 +52,9 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
 }
 
 /// The tensor with the positions `removed` of `axis` zeroed.
-pub fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
-    fill(tensor, axis, removed, &|_| 0)
+fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
+    let zeros = Tensor { bytes: vec![0; tensor.dtype.bits().div_ceil(8)].into(), ..tensor.clone() };
+    fill(tensor, axis, removed, &zeros, &|_| 0)
 }
 
 /// What the twin makes of a constant: quantized numbers get their zero point, scales and zero points stay as they are.
@@ -67,7 +68,7 @@ fn without(graph: &Graph, v: ValueId, tensor: Tensor, cuts: &[&TensorCut]) -> Te
         _ => None,
     });
     cuts.iter().fold(tensor, |t, c| match &zero_point {
-        Some(z) => fill(&t, c.axis, &c.removed, &|element| z.at(element)),
+        Some(z) => fill(&t, c.axis, &c.removed, &z.values, &|element| z.index(element)),
         None => zero(&t, c.axis, &c.removed),
     })
 }
@@ -105,8 +106,8 @@ impl ZeroPoint {
         same_type.then_some(Self { values, dims, step })
     }
 
-    /// The stored zero point of an element.
-    fn at(&self, element: usize) -> u8 {
+    /// Number of the zero point of an element.
+    fn index(&self, element: usize) -> usize {
         let (mut rest, mut index, mut stride) = (element, 0, 1);
         for axis in (0..self.dims.len()).rev() {
             let position = rest % self.dims[axis];
@@ -117,38 +118,29 @@ impl ZeroPoint {
                 stride *= self.dims[axis].div_ceil(self.step[axis]);
             }
         }
-        element_of(&self.values.bytes, self.values.dtype.bits(), index)
+        index
     }
 }
 
-/// An element of at most 8 bits.
-fn element_of(bytes: &[u8], bits: usize, index: usize) -> u8 {
-    let bits = bits.clamp(1, 8);
-    let per_byte = 8 / bits;
-    let mask = u8::try_from((1u32 << bits) - 1).unwrap_or(u8::MAX);
-    (bytes[index / per_byte] >> (bits * (index % per_byte))) & mask
-}
-
-/// The tensor with other elements at the positions `removed` of `axis`: 0 for elements of more than 8 bits, else what `with` says of
-/// each, by its number.
-fn fill(tensor: &Tensor, axis: usize, removed: &[usize], with: &dyn Fn(usize) -> u8) -> Tensor {
+/// The tensor with other elements at the positions `removed` of `axis`: of `values`, which has its type, those that `index` numbers.
+fn fill(tensor: &Tensor, axis: usize, removed: &[usize], values: &Tensor, index: &dyn Fn(usize) -> usize) -> Tensor {
     let bits = tensor.dtype.bits();
     let inner = tensor.dims[axis + 1..].iter().product::<usize>();
     let outer: usize = tensor.dims[..axis].iter().product();
     let mut bytes = tensor.bytes.to_vec();
     let starts = (0..outer).flat_map(|o| removed.iter().map(move |r| (o * tensor.dims[axis] + r) * inner));
-    for start in starts {
-        if bits > 8 {
-            bytes[start * (bits / 8)..(start + inner) * (bits / 8)].fill(0);
+    for element in starts.flat_map(|start| start..start + inner) {
+        let from = index(element);
+        if let Some(width) = (bits >= 8).then_some(bits / 8) {
+            bytes[element * width..(element + 1) * width].copy_from_slice(&values.bytes[from * width..(from + 1) * width]);
             continue;
         }
-        for element in start..start + inner {
-            let per_byte = 8 / bits.max(1);
-            let shift = bits * (element % per_byte);
-            let mask = u8::try_from(((1u32 << bits) - 1) << shift).unwrap_or(u8::MAX);
-            let byte = &mut bytes[element / per_byte];
-            *byte = (*byte & !mask) | ((with(element) << shift) & mask);
-        }
+        let per_byte = 8 / bits.max(1);
+        let mask = (1u8 << bits) - 1;
+        let value = (values.bytes[from / per_byte] >> (bits * (from % per_byte))) & mask;
+        let shift = bits * (element % per_byte);
+        let byte = &mut bytes[element / per_byte];
+        *byte = (*byte & !(mask << shift)) | (value << shift);
     }
     Tensor { bytes: bytes.into(), ..tensor.clone() }
 }

@@ -160,28 +160,37 @@ fn keep_blocks(cx: &mut RefitCx<'_>, sizes: &Sizes, size: usize, blocks: Vec<usi
     let (old, per_byte) = (sizes.blocks(), sizes.per_byte());
     let owners: Vec<usize> = blocks.iter().map(|b| b / parts).collect();
     let bytes = size * sizes.bits / 8;
+    let take = |axis| Edit::Take { axis, kept: blocks.clone() };
     if parts > 1 {
         cx.set_attr("block_size", AttrValue::Int(size as i64));
+        let blocks = blocks.clone();
+        cx.edit_constant(
+            WEIGHT,
+            repack(move |t| {
+                // A row of blocks is a row of halves of blocks.
+                let row: usize = t.dims[1..].iter().product();
+                let split = Tensor { dims: vec![t.dims[0], row / bytes, bytes], ..t.clone() };
+                split.take(1, &blocks)
+            }),
+        );
+    } else {
+        cx.edit_constant(WEIGHT, take(1));
     }
-    cx.edit_constant(WEIGHT, repack(move |t| {
-        // A row of blocks is a row of halves of blocks; dims that do not say so are left to the check of the result.
-        let row: usize = t.dims[1..].iter().product();
-        let split = Tensor { dims: vec![t.dims[0], row / bytes, bytes], ..t.clone() };
-        split.take(1, &blocks)
-    }));
-    let of_scales = owners.clone();
-    let per_block = move |t: &Tensor| in_rows(t, old, |rows| rows.take(1, &of_scales));
-    let of_zero_points = owners.clone();
+    if parts == 1 && cx.old_input(SCALES).len() == 2 {
+        cx.edit_constant(SCALES, take(1));
+    } else {
+        let owners = owners.clone();
+        cx.edit_constant(SCALES, repack(move |t| in_rows(t, old, |rows| rows.take(1, &owners))));
+    }
     if cx.node().input(ZERO_POINTS).is_some() {
         let unpacked = cx.input_dtype(ZERO_POINTS) != Some(DType::U8);
         cx.edit_constant(ZERO_POINTS, repack(move |t| {
             if unpacked {
-                return in_rows(t, old, |rows| rows.take(1, &of_zero_points));
+                return in_rows(t, old, |rows| rows.take(1, &owners));
             }
-            in_rows(t, old.div_ceil(per_byte), |rows| take_packed(rows, per_byte, &of_zero_points))
+            in_rows(t, old.div_ceil(per_byte), |rows| take_packed(rows, per_byte, &owners))
         }));
     }
-    cx.edit_constant(SCALES, repack(per_block));
 }
 
 fn repack(edit: impl Fn(&Tensor) -> Tensor + 'static) -> Edit {
