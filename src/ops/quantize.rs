@@ -10,6 +10,7 @@ pub mod conv;
 pub mod linear;
 pub mod matmul;
 pub mod pointwise;
+pub mod values;
 
 use super::Grad;
 use super::matmul::gemm_layout;
@@ -27,6 +28,8 @@ const NO_GRAD: Grad = Grad::No("quantized numbers have no gradient: train the mo
 pub enum Part {
     /// The integers; their zero point is at this slot, and is 0 where that is left out.
     Data {
+        /// Slot of the scale, where the node has it.
+        scale: Option<usize>,
         /// Slot of the zero point.
         zero_point: usize,
     },
@@ -64,13 +67,18 @@ pub fn part_at(domain: &str, op: &str, slot: usize) -> Option<Part> {
     }
     let (_, data) = DATA.iter().find(|(name, _)| *name == op)?;
     if let Some((_, zero_point)) = data.iter().find(|(d, _)| *d == slot) {
-        return Some(Part::Data { zero_point: *zero_point });
+        let scale = match op {
+            "MatMulInteger" | "ConvInteger" => None,
+            "MatMulIntegerToFloat" => Some(zero_point - 2),
+            _ => Some(zero_point - 1),
+        };
+        return Some(Part::Data { scale, zero_point: *zero_point });
     }
     (!OTHERS.contains(&(op, slot))).then_some(Part::Parameter)
 }
 
-/// Axis of the integers at `slot` along which there is one zero point per position, where there are several.
-pub fn zero_point_axis(node: &Node, slot: usize, dims: &[usize]) -> Option<usize> {
+/// Axis of the integers at `slot` along which there is one scale or zero point per position, where there are several.
+fn parameter_axis(node: &Node, slot: usize, dims: &[usize]) -> Option<usize> {
     match (node.op(), slot) {
         ("DequantizeLinear", _) => normalize_axis(node.attr_int("axis").unwrap_or(1), dims.len()),
         ("QLinearConv" | "ConvInteger", _) => Some(0),
@@ -97,8 +105,9 @@ mod tests {
 
     #[test]
     fn integers_know_their_zero_point() {
-        assert_eq!(part_at("", "DequantizeLinear", 0), Some(Part::Data { zero_point: 2 }));
-        assert_eq!(part_at("", "QLinearConv", 3), Some(Part::Data { zero_point: 5 }));
+        assert_eq!(part_at("", "DequantizeLinear", 0), Some(Part::Data { scale: Some(1), zero_point: 2 }));
+        assert_eq!(part_at("", "QLinearConv", 3), Some(Part::Data { scale: Some(4), zero_point: 5 }));
+        assert_eq!(part_at("", "MatMulInteger", 1), Some(Part::Data { scale: None, zero_point: 3 }));
         assert_eq!(part_at("", "QLinearConv", 4), Some(Part::Parameter));
         assert_eq!(part_at("", "QLinearConv", 8), None);
         assert_eq!((part_at("", "QuantizeLinear", 0), part_at("", "QuantizeLinear", 1)), (None, Some(Part::Parameter)));

@@ -9,7 +9,7 @@ use crate::anatomy::{Anatomy, FIXED};
 use crate::graph::build::Builder;
 use crate::graph::{Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
-use crate::ops::quantize::{self, Part};
+use crate::ops::quantize::values;
 use crate::slice::cutset::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -59,67 +59,14 @@ fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
 
 /// What the twin makes of a constant: quantized numbers get their zero point, scales and zero points stay as they are.
 fn without(graph: &Graph, v: ValueId, tensor: Tensor, cuts: &[&TensorCut]) -> Tensor {
-    let parts: Vec<(Use, Option<Part>)> = graph.value(v).users().iter().map(|u| (*u, part_of(graph, *u))).collect();
-    if !parts.is_empty() && parts.iter().all(|(_, p)| *p == Some(Part::Parameter)) {
+    if values::is_parameter(graph, v) {
         return tensor;
     }
-    let zero_point = parts.iter().find_map(|(at, part)| match part {
-        Some(Part::Data { zero_point }) => ZeroPoint::of(graph, *at, *zero_point, &tensor),
-        _ => None,
-    });
+    let zero_point = values::zero_point(graph, v).filter(|z| z.values.dtype == tensor.dtype && !z.values.bytes.is_empty());
     cuts.iter().fold(tensor, |t, c| match &zero_point {
         Some(z) => fill(&t, c.axis, &c.removed, &z.values, &|element| z.index(element)),
         None => zero(&t, c.axis, &c.removed),
     })
-}
-
-fn part_of(graph: &Graph, at: Use) -> Option<Part> {
-    let node = graph.node(at.node);
-    quantize::part_at(node.domain(), node.op(), at.slot)
-}
-
-/// The zero point of every element of a constant.
-struct ZeroPoint {
-    values: Tensor,
-    /// Sizes of the constant.
-    dims: Vec<usize>,
-    /// Positions of the constant's axis to one of the zero point's, for each axis; 0 where one stands for all.
-    step: Vec<usize>,
-}
-
-impl ZeroPoint {
-    fn of(graph: &Graph, at: Use, slot: usize, data: &Tensor) -> Option<Self> {
-        let node = graph.node(at.node);
-        let values = graph.constant(node.input(slot)?)?;
-        let dims = data.dims.clone();
-        let one = |axis: usize| (0..dims.len()).map(|a| usize::from(a == axis)).collect::<Vec<_>>();
-        let step = match values.element_count() {
-            1 => vec![0; dims.len()],
-            _ if values.dims.len() == dims.len() => {
-                let block = node.attr_int("block_size").and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0)?;
-                let step = |(d, z): (&usize, &usize)| if *z == 1 { 0 } else if z == d { 1 } else { block };
-                dims.iter().zip(&values.dims).map(step).collect()
-            }
-            n => one(quantize::zero_point_axis(node, at.slot, &dims).filter(|axis| dims[*axis] == n)?),
-        };
-        let same_type = values.dtype == data.dtype && !values.bytes.is_empty();
-        same_type.then_some(Self { values, dims, step })
-    }
-
-    /// Number of the zero point of an element.
-    fn index(&self, element: usize) -> usize {
-        let (mut rest, mut index, mut stride) = (element, 0, 1);
-        for axis in (0..self.dims.len()).rev() {
-            let position = rest % self.dims[axis];
-            rest /= self.dims[axis];
-            if self.step[axis] > 0 {
-                let at = position / self.step[axis];
-                index += at * stride;
-                stride *= self.dims[axis].div_ceil(self.step[axis]);
-            }
-        }
-        index
-    }
 }
 
 /// The tensor with other elements at the positions `removed` of `axis`: of `values`, which has its type, those that `index` numbers.

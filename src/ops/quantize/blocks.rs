@@ -7,7 +7,7 @@
 //! same number: the weight of a removed row meets a zero. For that the unit must be zero there in the twin as well.
 //! Example: K = 96 in blocks of 32 loses runs of 16 units: half blocks become blocks of 16 with the scale of the whole.
 
-use super::linear::whole_blocks;
+use super::linear::{BLOCK_MIN, largest_blocks};
 use super::{MICROSOFT, NO_GRAD};
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::build::Builder;
@@ -47,9 +47,6 @@ const SCALES: usize = 2;
 const ZERO_POINTS: usize = 3;
 const GROUPS: usize = 4;
 const BIAS: usize = 5;
-
-/// The smallest block that the operator has.
-const BLOCK_MIN: usize = 16;
 
 /// Level at which activations are quantized too, block by block.
 const INTEGER_LEVEL: i64 = 4;
@@ -133,17 +130,14 @@ fn matmul_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
         cx.set_attr("N", AttrValue::Int(columns.len() as i64));
     }
     let Some(kept) = cx.kept_input(0, last) else { return Ok(()) };
-    let smallest = run_of_rows(cx.node(), &sizes);
-    let mut size = sizes.block;
-    while size >= smallest && can_repack(cx) {
-        if let Some(blocks) = whole_blocks(kept, size, sizes.k) {
+    let found = largest_blocks(kept, (sizes.block, run_of_rows(cx.node(), &sizes)), sizes.k);
+    match found.filter(|_| can_repack(cx)) {
+        Some((size, blocks)) => {
             keep_blocks(cx, &sizes, size, blocks);
             cx.set_attr("K", AttrValue::Int(kept.len() as i64));
-            return Ok(());
         }
-        size /= 2;
+        None => put_zeros_back(cx, kept, sizes.k),
     }
-    put_zeros_back(cx, kept, sizes.k);
     Ok(())
 }
 

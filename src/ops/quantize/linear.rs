@@ -6,7 +6,7 @@
 
 use super::{MICROSOFT, NO_GRAD};
 use crate::axes::relation::{AxesCx, Relations, Slot};
-use crate::graph::{DType, Node};
+use crate::graph::{AttrValue, DType, Node};
 use crate::infer::{Fact, InferCx, InferError, normalize_axis};
 use crate::ops::{Axes, Cost, OpRule, Refit};
 use crate::slice::refit::{Edit, RefitCx, RefitError};
@@ -90,7 +90,7 @@ fn linear_axes(cx: &AxesCx<'_>) -> Relations {
                 cx.parallel(&mut relations, slot, 0, &[axis]);
                 relations.unread((scale, axis));
             }
-            relations.blocks((Slot::In(0), axis), size, Some(format!("is quantized in blocks of {size}")));
+            relations.blocks((Slot::In(0), axis), smallest_block(size), Some(format!("is quantized in blocks of {size}")));
         }
         (Some(axis), None) => {
             for slot in parameters.filter(|slot| cx.shape(Slot::In(*slot)) == std::slice::from_ref(&x[axis])) {
@@ -102,24 +102,52 @@ fn linear_axes(cx: &AxesCx<'_>) -> Relations {
     relations
 }
 
-/// Blocks that remain keep their scale and zero point.
+/// The smallest block that products of such weights have kernels for.
+pub(super) const BLOCK_MIN: usize = 16;
+
+/// Blocks are halved where that lets more be cut, but not below the smallest.
+fn smallest_block(size: usize) -> usize {
+    if size.is_power_of_two() { size.min(BLOCK_MIN) } else { size }
+}
+
+/// Blocks that remain keep their scale and zero point; where parts of blocks remain, each has those of the whole.
 fn linear_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     let rank = cx.old_input(0).len();
     let Some((axis, size)) = normalize_axis(cx.node().attr_int("axis").unwrap_or(1), rank).zip(block_size(cx.node())) else {
         return Ok(());
     };
     let Some(kept) = cx.kept_input(0, axis) else { return Ok(()) };
-    let whole = whole_blocks(kept, size, cx.old_input(0)[axis].size().unwrap_or(0));
-    let blocks = whole.ok_or_else(|| cx.error(format!("parts of blocks of {size} remain")))?;
+    let count = cx.old_input(0)[axis].size().unwrap_or(0);
+    let found = largest_blocks(kept, (size, smallest_block(size)), count);
+    let (left, blocks) = found.ok_or_else(|| cx.error(format!("parts of blocks of {size} remain")))?;
+    let parts = size / left;
+    let owners: Vec<usize> = blocks.iter().map(|b| b / parts).collect();
     let node = cx.node();
     for slot in [1, 2].into_iter().filter(|slot| node.input(*slot).is_some()) {
-        cx.edit_constant(slot, Edit::Take { axis, kept: blocks.clone() });
+        let kept = owners.clone();
+        cx.edit_constant(
+            slot,
+            if parts == 1 { Edit::Take { axis, kept } } else { Edit::Repack(Box::new(move |t| t.take(axis, &kept))) },
+        );
+    }
+    if parts > 1 {
+        cx.set_attr("block_size", AttrValue::Int(i64::try_from(left).unwrap_or(i64::MAX)));
     }
     Ok(())
 }
 
+/// The largest blocks, from `largest` halved down to `smallest`, of which whole ones remain, and their numbers.
+pub(super) fn largest_blocks(
+    kept: &[usize],
+    (largest, smallest): (usize, usize),
+    count: usize,
+) -> Option<(usize, Vec<usize>)> {
+    let sizes = std::iter::successors(Some(largest), |size| Some(size / 2)).take_while(|size| *size >= smallest.max(1));
+    sizes.into_iter().find_map(|size| Some((size, whole_blocks(kept, size, count)?)))
+}
+
 /// Numbers of the blocks that remain, where each is whole; the last block of `count` positions may be short, and then stays last.
-pub(super) fn whole_blocks(kept: &[usize], size: usize, count: usize) -> Option<Vec<usize>> {
+fn whole_blocks(kept: &[usize], size: usize, count: usize) -> Option<Vec<usize>> {
     let mut blocks: Vec<usize> = kept.iter().map(|p| p / size).collect();
     blocks.dedup();
     let expected = blocks.iter().flat_map(|b| b * size..((b + 1) * size).min(count));
