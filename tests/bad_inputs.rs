@@ -1,6 +1,12 @@
 //! The table of bad inputs, on the real command: exit code, one line on stderr, nothing left behind.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, unreachable_pub, reason = "tests, with functions of their own")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "tests, with functions of their own"
+)]
 
 #[path = "bad_inputs/around.rs"]
 mod around;

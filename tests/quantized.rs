@@ -150,7 +150,8 @@ fn qdq_mlp(per_channel: bool) -> Graph {
 fn scales_and_zero_points_are_cut_with_their_axis() {
     let sliced = check(&qdq_mlp(true), &some_units());
     let left = some_units().len();
-    for (name, expected) in [("w1", vec![WIDTH, left]), ("w1_scale", vec![left]), ("w1_zero", vec![left]), ("w2", vec![left, 8])] {
+    for (name, expected) in [("w1", vec![WIDTH, left]), ("w1_scale", vec![left]), ("w1_zero", vec![left]), ("w2", vec![left, 8])]
+    {
         assert_eq!(dims(&sliced.graph, name), expected, "{name}");
     }
     assert_eq!(dims(&sliced.graph, "w2_scale"), [8]);

@@ -51,8 +51,8 @@ pub(crate) fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[
         let reads = node.inputs().iter().flatten().chain(node.captures()).any(|v| active[*v]);
         let smooth = !matches!(ops::lookup(node.domain(), node.op()), Some(rule) if matches!(rule.grad, Grad::Zero));
         let is_float = |v: &ValueId| facts.get(*v).dtype.is_none_or(|d| d.is_float());
-        let quantized =
-            ops::quantize::is_quantized(node.domain(), node.op()) || node.inputs().iter().flatten().any(|v| active[*v] && !is_float(v));
+        let quantized = ops::quantize::is_quantized(node.domain(), node.op())
+            || node.inputs().iter().flatten().any(|v| active[*v] && !is_float(v));
         for v in node.outputs().iter().flatten() {
             active[*v] |= reads && smooth && (quantized || is_float(v));
         }
