@@ -72,9 +72,9 @@ impl Walk<'_> {
             return false;
         }
         let inputs = node.inputs().to_vec();
-        let mut zero_at = |slot: &usize| match inputs.get(*slot).copied().flatten() {
-            None => None,
-            Some(v) => Some(self.is_zero_input(id, *slot, v, class)),
+        let mut zero_at = |slot: &usize| {
+            let v = inputs.get(*slot).copied().flatten()?;
+            Some(self.is_zero_input(id, *slot, v, class))
         };
         let factors: Vec<bool> = zeros.factors.iter().filter_map(&mut zero_at).collect();
         let terms: Vec<bool> = zeros.terms.iter().filter_map(&mut zero_at).collect();
