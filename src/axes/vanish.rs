@@ -5,9 +5,9 @@
 //! nothing zeroes (packed blocks), the unit itself must be zero there: `GELU(0) = 0` passes, `Sigmoid(0) = 0.5` does not.
 //! This is followed back from the value to the constants, operator by operator ([`crate::ops::zeros`]); what is not listed is not zero.
 
+use super::cases::{ClassId, Unified};
 use super::collect::{CarrierId, Collected, Of};
 use super::relation::Slot;
-use super::unify::{ClassId, Unified};
 use crate::graph::{Graph, Id, NodeId, Tensor, ValueId};
 use crate::ops::zeros;
 use std::collections::BTreeMap;

@@ -209,9 +209,9 @@ fn gate_operand<'a>(
         match spread.split {
             None => whole = Some(whole.map_or(factor, |w| b.mul(w, factor))),
             Some(split) => {
-                let parts = b.reshape(operand_now, &split.apart);
+                let parts = split.apart(&mut b, operand_now);
                 let product = b.mul(parts, factor);
-                operand_now = b.reshape(product, &split.together);
+                operand_now = split.together(&mut b, product, operand_now);
             }
         }
     }
