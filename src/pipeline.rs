@@ -184,8 +184,8 @@ pub fn group_costs(model: &Model) -> Vec<GroupCost> {
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
     let one = |g: &anatomy::Group| {
         let step = costs.first_step(g);
-        let size = g.stored.iter().max().map_or(0, |m| m + 1);
-        let units = if g.kind == Kind::Token { 1 } else { (g.nest_count() * g.stored.len() / size.max(1)).max(1) as u64 };
+        let of_step = || g.nest_count() * g.stored.len() * g.run / g.class_size().max(1);
+        let units = if g.kind == Kind::Token { 1 } else { of_step().max(1) as u64 };
         GroupCost { params_per_unit: step.params / units, macs_per_unit: step.macs.map(|m| m / units) }
     };
     model.anatomy.groups.iter().map(one).collect()

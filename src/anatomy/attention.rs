@@ -6,7 +6,7 @@ use crate::axes::relation::{At, Slot};
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
-use crate::ops;
+use crate::ops::{self, quantize::operands};
 use std::collections::BTreeSet;
 
 /// One attention layer.
@@ -64,7 +64,12 @@ const PASSED: &[&str] = &[
     "Exp",
     "Abs",
     "Neg",
+    "DynamicQuantizeLinear",
 ];
+
+/// Those of com.microsoft.
+const PASSED_QUANTIZED: &[&str] =
+    &["QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearWhere", "QLinearSoftmax", "QuantizeLinear", "DequantizeLinear"];
 
 /// Finds all attention layers, from the input on.
 pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<AttentionLayer> {
@@ -75,7 +80,7 @@ pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<Attent
     for (id, node) in graph.nodes() {
         let found = if ops::attention::is_fused_attention(node.domain(), node.op()) {
             Some(fused(graph, axes, id, places[id.index()]))
-        } else if matches!(node.op(), "Softmax" | "BiasSoftmax") {
+        } else if is_softmax(node.op()) {
             spelled_out(graph, facts, axes, &weights, &depends, &places, id)
         } else {
             None
@@ -146,7 +151,8 @@ fn spelled_out(
     }
     let (mut qk, mut either) = (BTreeSet::new(), BTreeSet::new());
     for product in &logits {
-        let (a, b) = (classes_at(*product, Slot::In(0)), classes_at(*product, Slot::In(1)));
+        let (left, right) = operands(graph.node(*product).op());
+        let (a, b) = (classes_at(*product, Slot::In(left)), classes_at(*product, Slot::In(right)));
         let both = intersection(&a, &b);
         let contracted = sinks_at(axes, *product, &both);
         matrix.extend(difference(&both, &contracted));
@@ -203,7 +209,13 @@ fn sinks_at(axes: &Axes, node: NodeId, candidates: &BTreeSet<ClassId>) -> BTreeS
 fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
     let rank = |slot| node.input(slot).and_then(|v| facts.shape(v)).map_or(0, <[_]>::len);
-    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul" | "TransposeMatMul") && rank(0) > 2 && rank(1) > 2
+    let (left, right) = operands(node.op());
+    const PRODUCTS: &[&str] = &["MatMul", "Einsum", "Gemm", "FusedMatMul", "TransposeMatMul", "QLinearMatMul", "MatMulInteger"];
+    PRODUCTS.contains(&node.op()) && rank(left) > 2 && rank(right) > 2
+}
+
+fn is_softmax(op: &str) -> bool {
+    matches!(op, "Softmax" | "BiasSoftmax" | "QLinearSoftmax")
 }
 
 /// Looks for the products around a softmax.
@@ -223,7 +235,7 @@ impl Walk<'_> {
 
     /// Whether any softmax is normalized over the class. Windows of one layer are parts of the keys of another.
     fn is_token(&self, class: ClassId) -> bool {
-        let softmax = |id: NodeId| matches!(self.graph.node(id).op(), "Softmax" | "BiasSoftmax");
+        let softmax = |id: NodeId| is_softmax(self.graph.node(id).op());
         self.axes.classes()[class].barriers.iter().any(|b| b.node.is_some_and(softmax))
     }
 
@@ -279,6 +291,8 @@ impl Walk<'_> {
             let mut carriers = slots.filter_map(|s| self.axes.carrier_at(self.graph, id, Slot::In(s)));
             carriers.any(|c| classes_of(self.axes, c).into_iter().any(|class| self.is_normalized(class)))
         };
-        node.domain().is_empty() && (PASSED.contains(&node.op()) || keeps_keys())
+        let standard = node.domain().is_empty();
+        let passed = if standard { PASSED } else { PASSED_QUANTIZED };
+        passed.contains(&node.op()) || (standard && keeps_keys())
     }
 }

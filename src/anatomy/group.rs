@@ -91,6 +91,8 @@ pub struct Group {
     pub sharers: Vec<(ClassId, usize)>,
     /// Coordinate in the class of each stored dim of one position of `nest`: `0, 1, ..` unless dims go together.
     pub stored: Vec<usize>,
+    /// Coordinates of the class that stay or go together, because a weight stores them in blocks: `n * run` to `n * run + run - 1`.
+    pub run: usize,
     /// Heads of the layer, for `qk` and `vo`.
     pub heads: Option<usize>,
     /// Constants that hold one value for all heads, which keep different dims: they stay whole.
@@ -127,8 +129,13 @@ impl Group {
     /// Units that stay or go together with `unit`, itself included.
     pub fn bundle(&self, unit: usize) -> Vec<usize> {
         let width = self.stored.len();
-        let (head, coordinate) = (unit / width, self.stored[unit % width]);
-        (0..width).filter(|s| self.stored[*s] == coordinate).map(|s| head * width + s).collect()
+        let (head, run) = (unit / width, self.stored[unit % width] / self.run);
+        (0..width).filter(|s| self.stored[*s] / self.run == run).map(|s| head * width + s).collect()
+    }
+
+    /// Number of positions of the class.
+    pub fn class_size(&self) -> usize {
+        self.stored.iter().max().map_or(0, |m| m + 1)
     }
 
     /// [`Group::bundle`] of each unit of the first position of `nest`.
@@ -162,8 +169,8 @@ pub(super) fn build(graph: &Graph, facts: &Facts, axes: &Axes, kind: Kind, layer
     let heads = in_heads.then(|| count(&nest) * count(&sharers));
     let stored = (0..count(&sharers)).flat_map(|_| dims.iter().copied()).collect();
     let cuts = cuts_of(axes, leaf, &aside);
-    let (id, sites) = (String::new(), Vec::new());
-    let mut group = Group { id, kind, layer, nest, leaf, sharers, stored, heads, aside, spread, sites, cuts };
+    let (id, run, sites) = (String::new(), class.run, Vec::new());
+    let mut group = Group { id, kind, layer, nest, leaf, sharers, stored, run, heads, aside, spread, sites, cuts };
     for sink in &class.sinks {
         let site = site_of(graph, facts, axes, &group, sink.node, sink.a.0, sink.b.map(|b| b.0))?;
         if !group.sites.contains(&site) {
@@ -183,6 +190,7 @@ pub(super) fn of_tokens(site: &super::TokenSite) -> Group {
         leaf: ClassId::MAX,
         sharers: Vec::new(),
         stored: (0..site.count).collect(),
+        run: 1,
         heads: None,
         aside: BTreeSet::new(),
         spread: Vec::new(),

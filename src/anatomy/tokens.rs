@@ -5,7 +5,7 @@
 //! distillation, registers). The walk below carries, for each axis that holds tokens, which token stands at each position.
 
 use crate::axes::depends_on_data;
-use crate::axes::relation::{At, AxesCx, Link, Relations, Slot};
+use crate::axes::relation::{At, AxesCx, Blocks, Link, Relations, Slot};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops;
@@ -129,6 +129,8 @@ const KEEPS_ZERO: &[&str] = &[
     "Gather",
     "Concat",
     "Relu",
+    "QuantizeLinear",
+    "DequantizeLinear",
 ];
 
 /// The beginning of a stretch: a value and its token axis.
@@ -504,6 +506,10 @@ impl<'a> Walker<'a> {
             }
             Link::Sum(a) if tags.contains_key(a) => Err(format!("{} sums over tokens", self.graph.label(id))),
             Link::Sum(_) | Link::Unread(_) => Ok(()),
+            Link::Vanish(a, reason) | Link::Blocks(a, Blocks { else_barrier: Some(reason), .. }) if tags.contains_key(a) => {
+                Err(format!("{}: {reason}", self.graph.label(id)))
+            }
+            Link::Vanish(..) | Link::Blocks(..) => Ok(()),
             Link::Regroup(a, b) => self.regroup(path, id, a, b, tags),
             Link::Select { from, to, index, at } => self.select(path, id, *from, *to, index, *at, tags),
             Link::Barrier(a, reason) if tags.contains_key(a) => self.barrier(path, id, *a, reason),

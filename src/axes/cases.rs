@@ -30,6 +30,8 @@ pub struct Class {
     pub sinks: Vec<SinkSite>,
     /// Why it cannot be cut.
     pub barriers: Vec<Barrier>,
+    /// Positions that stay or go together: `n * run` to `n * run + run - 1`. 1 where each is free.
+    pub run: usize,
 }
 
 /// The factors of one axis in one case: the positions of the axis, row-major over the factors, and the class of each factor.
@@ -122,7 +124,7 @@ impl Unified {
                 for (axis, part) in parts.iter_mut().enumerate() {
                     for (class, size) in &mut part.classes {
                         *class = *numbers.entry(*class).or_insert_with(|| {
-                            classes.push(Class { size: *size, ..Class::default() });
+                            classes.push(Class { size: *size, run: 1, ..Class::default() });
                             classes.len() - 1
                         });
                         classes[*class].members.push(Member { carrier, axis, case });

@@ -4,7 +4,7 @@
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are. So is what is computed from positions
 //! (rotary tables for the position ids of the run) where data is multiplied with it.
 
-use crate::axes::relation::{AxesCx, FusedAttention, Link, Relations, Slot};
+use crate::axes::relation::{AxesCx, Blocks, FusedAttention, Link, Relations, Slot};
 use crate::graph::{DType, Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, Axes as AxesRule};
@@ -74,6 +74,10 @@ pub(super) struct Collected {
     pub(super) relations: Vec<(NodeId, Relation)>,
     pub(super) barriers: Vec<(AxisOf, Barrier)>,
     pub(super) sinks: Vec<(AxisOf, SinkSite)>,
+    /// Axes that are stored in blocks.
+    pub(super) blocks: Vec<(AxisOf, NodeId, Blocks)>,
+    /// Axes whose removed positions must hold zero, with the barrier that they are otherwise.
+    pub(super) vanishing: Vec<(AxisOf, Barrier)>,
     /// Carrier of each input slot of each node.
     pub(super) inputs: SideMap<NodeId, Vec<Option<CarrierId>>>,
     /// First virtual carrier of each node.
@@ -120,6 +124,8 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
         relations: Vec::new(),
         barriers: Vec::new(),
         sinks: Vec::new(),
+        blocks: Vec::new(),
+        vanishing: Vec::new(),
         inputs: SideMap::filled(graph.node_capacity(), Vec::new()),
         virtuals: SideMap::filled(graph.node_capacity(), 0),
         attention: BTreeMap::new(),
@@ -274,7 +280,8 @@ impl Collected {
         self.virtuals[id] = self.carriers.len();
         self.attention.extend(relations.attention.map(|a| (id, a)));
         for (n, shape) in relations.virtuals.into_iter().enumerate() {
-            self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant: false });
+            let constant = relations.constant_virtuals.contains(&n);
+            self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant });
         }
         let mut touched = std::collections::BTreeSet::new();
         for link in relations.links {
@@ -334,6 +341,11 @@ impl Collected {
                 }
             }
             Link::Unread(a) => touched.extend(at(a)),
+            // What becomes of the positions is for other links to say.
+            Link::Vanish(a, reason) => {
+                self.vanishing.extend(at(a).map(|x| (x, Barrier { node: Some(id), axis: a.1, reason })));
+            }
+            Link::Blocks(a, blocks) => self.blocks.extend(at(a).map(|x| (x, id, blocks))),
             Link::Barrier(a, reason) => {
                 if let Some(x) = at(a) {
                     touched.insert(x);

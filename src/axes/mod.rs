@@ -7,6 +7,7 @@
 //! sums over it), and whose E of v is another, which also is the inner factor of the rows of the output projection.
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
 
+mod blocks;
 mod cases;
 mod collect;
 mod merge;
@@ -14,6 +15,7 @@ mod partition;
 mod refine;
 pub mod relation;
 mod unify;
+mod vanish;
 
 pub use cases::{Class, ClassId, Member, Region};
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
@@ -65,7 +67,9 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let parts = partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
     let partition = partition::partition(&parts, &axis_number);
     let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
-    let unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
+    let mut unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
+    blocks::apply(&collected, &mut unified);
+    vanish::apply(graph, &collected, &mut unified);
     Axes { collected, unified }
 }
 

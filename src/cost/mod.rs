@@ -311,8 +311,8 @@ impl<'a> Model<'a> {
         if group.kind == Kind::Token {
             return Cost { params: 0, macs: self.per_token.get(&group.layer).copied().flatten() };
         }
-        let size = group.stored.iter().max().map_or(0, |m| m + 1);
-        let after = self.under(&[(group.leaf, size.saturating_sub(1))].into(), &TokenCounts::new());
+        let left = group.class_size().saturating_sub(group.run);
+        let after = self.under(&[(group.leaf, left)].into(), &TokenCounts::new());
         Cost {
             params: self.whole.params - after.params,
             macs: self.whole.macs.zip(after.macs).map(|(whole, after)| whole - after),

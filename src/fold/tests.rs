@@ -67,6 +67,7 @@ fn one_group(at: Use) -> Group {
         leaf: 0,
         sharers: vec![],
         stored: (0..4).collect(),
+        run: 1,
         heads: None,
         aside: BTreeSet::new(),
         spread: vec![],

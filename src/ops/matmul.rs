@@ -60,13 +60,17 @@ fn split(shape: &[Dim]) -> (&[Dim], &[Dim]) {
 }
 
 pub(super) fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
-    let out = product_shape(a, b).map_err(|e| cx.error(e))?;
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(vec![Fact::new(cx.dtype(0), product_shape(cx, 0, 1)?)])
 }
 
-/// Shape of the product of two values.
-pub(super) fn product_shape(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
+/// Shape of the product of the operands at two slots; `None` where a rank is unknown.
+pub(super) fn product_shape(cx: &InferCx<'_>, a: usize, b: usize) -> Result<Option<Vec<Dim>>, InferError> {
+    let (Some(a), Some(b)) = (cx.shape(a), cx.shape(b)) else { return Ok(None) };
+    shape_of_product(a, b).map(Some).map_err(|e| cx.error(e))
+}
+
+/// Shape of the product of two shapes.
+pub(super) fn shape_of_product(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     if a.is_empty() || b.is_empty() {
         return Err("a scalar operand".to_string());
     }
@@ -87,37 +91,40 @@ pub(super) fn product_shape(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     Ok(out)
 }
 
-/// `..b m |k|, ..b |k| n -> ..b m n`
 pub(super) fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
+    let mut relations = Relations::default();
+    relate_product(cx, &mut relations, 0, 1);
+    relations
+}
+
+/// `..b m |k|, ..b |k| n -> ..b m n` for the operands at two slots.
+pub(super) fn relate_product(cx: &AxesCx<'_>, relations: &mut Relations, left: usize, right: usize) {
     let order = |slot: usize| (0..cx.shape(Slot::In(slot)).len()).collect::<Vec<_>>();
-    product_axes(cx, [&order(0), &order(1)])
+    relate_ordered_product(cx, relations, [(left, &order(left)), (right, &order(right))]);
 }
 
 /// The same for operands whose axes are stored in another order: axis i of an operand of the product is axis `order[i]` of the input.
-pub(super) fn product_axes(cx: &AxesCx<'_>, order: [&[usize]; 2]) -> Relations {
-    let mut relations = Relations::default();
+pub(super) fn relate_ordered_product(cx: &AxesCx<'_>, relations: &mut Relations, operands: [(usize, &[usize]); 2]) {
     let out = cx.shape(Slot::Out(0));
-    let [a, b] = order;
+    let [(left, a), (right, b)] = operands.map(|(slot, order)| (Slot::In(slot), order));
     if a.is_empty() || b.is_empty() {
-        return relations;
+        return;
     }
     let (rows, columns) = (usize::from(a.len() > 1), usize::from(b.len() > 1));
     let batch = out.len() - rows - columns;
-    for (slot, order) in [(0, a), (1, b)] {
+    for (slot, order) in [(left, a), (right, b)] {
         let own = order.len().saturating_sub(2);
         for (axis, stored) in order.iter().enumerate().take(own) {
-            let at = (Slot::In(slot), *stored);
-            relate_broadcast(&mut relations, (at, &cx.shape(at.0)[*stored]), batch - own + axis, out);
+            relate_broadcast(relations, ((slot, *stored), &cx.shape(slot)[*stored]), batch - own + axis, out);
         }
     }
     if rows == 1 {
-        relations.same((Slot::In(0), a[a.len() - 2]), (Slot::Out(0), batch));
+        relations.same((left, a[a.len() - 2]), (Slot::Out(0), batch));
     }
     if columns == 1 {
-        relations.same((Slot::In(1), b[b.len() - 1]), (Slot::Out(0), batch + rows));
+        relations.same((right, b[b.len() - 1]), (Slot::Out(0), batch + rows));
     }
-    relations.contract((Slot::In(0), a[a.len() - 1]), (Slot::In(1), b[b.len().saturating_sub(2)]));
-    relations
+    relations.contract((left, a[a.len() - 1]), (right, b[b.len().saturating_sub(2)]));
 }
 
 /// Relates an axis of an input to the axis of output 0 that it is broadcast to.
@@ -268,14 +275,19 @@ fn transposed(node: &Node, name: &str) -> bool {
 }
 
 /// Axes of `(M, K)` in A and `(K, N)` in B.
-fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
+pub(super) fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
     let a = if transposed(node, "transA") { (1, 0) } else { (0, 1) };
     let b = if transposed(node, "transB") { (1, 0) } else { (0, 1) };
     (a, b)
 }
 
 pub(super) fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
+    Ok(vec![Fact::new(cx.dtype(0), gemm_shape(cx, 0, 1, 2)?)])
+}
+
+/// Shape of `A' B' + C` for the operands at three slots; `None` where a rank is unknown.
+pub(super) fn gemm_shape(cx: &InferCx<'_>, a: usize, b: usize, c: usize) -> Result<Option<Vec<Dim>>, InferError> {
+    let (Some(a), Some(b)) = (cx.shape(a), cx.shape(b)) else { return Ok(None) };
     if a.len() != 2 || b.len() != 2 {
         return Err(cx.error(format!("operands of rank {} and {}, expected 2", a.len(), b.len())));
     }
@@ -284,26 +296,30 @@ pub(super) fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
         return Err(cx.error(format!("inner sizes differ: {} of A, {} of B", a[k_a], b[k_b])));
     }
     let out = vec![a[m].clone(), b[n].clone()];
-    if let Some(c) = cx.shape(2) {
+    if let Some(c) = cx.shape(c) {
         let fits = c.len() <= 2 && c.iter().rev().zip(out.iter().rev()).all(|(c, y)| c.is(1) || !contradict(c, y));
         if !fits {
             return Err(cx.error(format!("C of shape {c:?} does not broadcast to {out:?}")));
         }
     }
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(Some(out))
 }
 
-/// `m |k|, |k| n, c -> m n`, C being broadcast.
 pub(super) fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
-    let ((m, k_a), (k_b, n)) = gemm_layout(cx.node);
-    relations.same((Slot::In(0), m), (Slot::Out(0), 0));
-    relations.same((Slot::In(1), n), (Slot::Out(0), 1));
-    relations.contract((Slot::In(0), k_a), (Slot::In(1), k_b));
-    if cx.has(Slot::In(2)) {
-        cx.broadcast(&mut relations, 2);
-    }
+    relate_gemm(cx, &mut relations, 0, 1, 2);
     relations
+}
+
+/// `m |k|, |k| n, c -> m n`, C being broadcast, for the operands at three slots.
+pub(super) fn relate_gemm(cx: &AxesCx<'_>, relations: &mut Relations, a: usize, b: usize, c: usize) {
+    let ((m, k_a), (k_b, n)) = gemm_layout(cx.node);
+    relations.same((Slot::In(a), m), (Slot::Out(0), 0));
+    relations.same((Slot::In(b), n), (Slot::Out(0), 1));
+    relations.contract((Slot::In(a), k_a), (Slot::In(b), k_b));
+    if cx.has(Slot::In(c)) {
+        cx.broadcast(relations, c);
+    }
 }
 
 /// `M * N * K`
@@ -436,6 +452,8 @@ pub(super) mod one_node {
                 format!("{}[{first}..={last}]>{}@{start}", at(from), at(to))
             }
             Link::Unread(a) => format!("?{}", at(a)),
+            Link::Vanish(a, _) => format!("0{}", at(a)),
+            Link::Blocks(a, b) => format!("#{}:{}", at(a), b.size),
             Link::Barrier(a, _) => format!("!{}", at(a)),
         };
         relations(g).links.iter().map(text).collect()
@@ -461,7 +479,16 @@ pub(super) mod one_node {
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
         let Some(Refit::Rule(rule)) = lookup(g.node(id).domain(), g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let original = g.clone();
-        let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: g,
+            original: &original,
+            origin: id,
+            id,
+            facts: &f,
+            kept: &find,
+            patches: Vec::new(),
+            edits: Vec::new(),
+        };
         rule(&mut cx).map_err(|e| e.what)?;
         Ok(cx.patches)
     }

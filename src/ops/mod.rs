@@ -16,11 +16,13 @@ pub mod norm;
 pub mod pool;
 #[cfg(test)]
 pub(crate) mod probe;
+pub mod quantize;
 pub mod reduce;
 pub mod reshape;
 pub mod select;
 pub mod shape;
 pub mod softmax;
+pub mod zeros;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
@@ -126,6 +128,11 @@ static FAMILIES: &[&[OpRule]] = &[
     microsoft::padding::RULES,
     microsoft::position::RULES,
     microsoft::rotary::RULES,
+    quantize::linear::RULES,
+    quantize::matmul::RULES,
+    quantize::conv::RULES,
+    quantize::pointwise::RULES,
+    quantize::blocks::RULES,
 ];
 
 /// All records.

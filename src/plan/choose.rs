@@ -201,7 +201,7 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
     let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
     let sizes: BTreeMap<ClassId, usize> = shortened()
         .filter(|(l, _)| l.group.kind != Kind::Token)
-        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n))
+        .map(|(l, n)| (l.group.leaf, l.group.class_size() - n * l.group.run))
         .collect();
     let tokens: BTreeMap<usize, usize> =
         shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();

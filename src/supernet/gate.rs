@@ -194,6 +194,9 @@ fn gate_operand<'a>(
     let (model, facts) = model;
     let constant = graph.constant(operand).map(|tensor| tensor.dtype);
     let dtype = constant.or_else(|| facts.get(operand).dtype).unwrap_or(DType::F32);
+    if !dtype.is_float() {
+        return Err((sites[0].0, format!("its operand is {}: quantized numbers take no gate", dtype.name())));
+    }
     let shape = shape_of(graph, facts, operand).ok_or((sites[0].0, "the operand's rank is unknown".to_string()))?;
     let mut whole: Option<ValueId> = None;
     let mut operand_now = operand;

@@ -9,7 +9,9 @@ use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::Node;
 use crate::infer::{Dim, Fact, InferCx, InferError};
 use crate::ops::conv::{conv_axes, conv_cost, conv_infer, conv_refit};
-use crate::ops::matmul::{gemm_axes, gemm_cost, gemm_infer, matmul_axes, matmul_cost, matmul_infer, product_axes, product_shape};
+use crate::ops::matmul::{
+    gemm_axes, gemm_cost, gemm_infer, matmul_axes, matmul_cost, matmul_infer, relate_ordered_product, shape_of_product,
+};
 use crate::ops::{Cost, CostCx, OpRule, Refit};
 
 /// The records of this family.
@@ -44,13 +46,15 @@ fn arranged(node: &Node, shape: &[Dim], side: char) -> Vec<Dim> {
 
 fn product_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
-    let out = product_shape(&arranged(cx.node, a, 'A'), &arranged(cx.node, b, 'B')).map_err(|e| cx.error(e))?;
+    let out = shape_of_product(&arranged(cx.node, a, 'A'), &arranged(cx.node, b, 'B')).map_err(|e| cx.error(e))?;
     Ok(vec![Fact::new(cx.dtype(0), Some(out))])
 }
 
 fn stored_axes(cx: &AxesCx<'_>) -> Relations {
     let order = |slot: usize, side| order(cx.node, cx.shape(Slot::In(slot)).len(), side);
-    product_axes(cx, [&order(0, 'A'), &order(1, 'B')])
+    let mut relations = Relations::default();
+    relate_ordered_product(cx, &mut relations, [(0, &order(0, 'A')), (1, &order(1, 'B'))]);
+    relations
 }
 
 /// `elements of the output * K`
