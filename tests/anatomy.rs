@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
+#[path = "anatomy/layers.rs"]
+mod layers;
+
 use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -27,6 +30,11 @@ enum Biases {
 
 /// Two residual MLP blocks `x + relu(x W1 + b1) W2` with a normalization before each.
 fn two_blocks(biases: Biases) -> Graph {
+    blocks(biases, false)
+}
+
+/// The same; with `merged`, the second block has the weights of the first, each behind an Identity.
+fn blocks(biases: Biases, merged: bool) -> Graph {
     let mut g = Graph::new(8, vec![(String::new(), 17)], Bytes::new());
     let dims = vec![DeclaredDim::Symbol("batch".into()), DeclaredDim::Size(5), DeclaredDim::Size(D as i64)];
     let declared = Declared { dtype: Some(DType::F32), dims: Some(dims), extra: Bytes::new() };
@@ -45,8 +53,11 @@ fn two_blocks(biases: Biases) -> Graph {
             Biases::Merged => shared,
             Biases::MergedBehindIdentity => g.add_op("Identity", &[shared], vec![], &format!("b{layer}")),
         };
-        let (w1, w2) =
-            (weight(&mut g, &format!("w1.{layer}"), [D, M], layer), weight(&mut g, &format!("w2.{layer}"), [M, D], layer + 5));
+        let side = |g: &mut Graph, name: &str, shape: [usize; 2], seed: usize| match g.find(&format!("{name}.0")) {
+            Some(first) if merged => g.add_op("Identity", &[first], vec![], name),
+            _ => weight(g, &format!("{name}.{layer}"), shape, layer + seed),
+        };
+        let (w1, w2) = (side(&mut g, "w1", [D, M], 0), side(&mut g, "w2", [M, D], 5));
         let normed = g.add_op("LayerNormalization", &[x, scale, shift], vec![], "normed");
         let hidden = g.add_op("MatMul", &[normed, w1], vec![], "hidden");
         let hidden = g.add_op("Add", &[hidden, bias], vec![], "biased");
@@ -83,6 +94,7 @@ fn layers_behind_a_merged_bias_keep_different_numbers_of_units() {
     }
 }
 
+<<<<<<< HEAD
 /// Groups of attention and MLPs, in words: `qk 0: 3 x 16`, `mlp 0: 96`.
 fn in_words(anatomy: &Anatomy) -> Vec<String> {
     let groups = anatomy.groups.iter().filter(|g| !matches!(g.kind, Kind::Token | Kind::Channel));
@@ -266,4 +278,43 @@ fn one_network_of_the_corpus_has_one_anatomy_whoever_exported_it() {
     println!("{} networks: {whole} models have their anatomy whole, {partial} less what they refuse", snapshots.len());
     assert!(faults.is_empty(), "{} models differ from their network:\n{}", faults.len(), faults.join("\n"));
     assert!(whole > 2 * partial, "{whole} whole, {partial} in part");
+=======
+#[test]
+fn a_weight_behind_identities_is_one_weight() {
+    // What a parallel block of CoaT looks like: one MLP is used twice, each time through copies of its weights.
+    let mut g = Graph::new(8, vec![(String::new(), 17)], Bytes::new());
+    let dims = vec![DeclaredDim::Symbol("batch".into()), DeclaredDim::Size(5), DeclaredDim::Size(D as i64)];
+    let declared = Declared { dtype: Some(DType::F32), dims: Some(dims), extra: Bytes::new() };
+    let mut x = g.add_value("x");
+    g.add_input(x, declared.clone());
+    let w1 = g.add_initializer("w1", Tensor::f32(&[D, M], &[0.5; D * M]));
+    let w2 = g.add_initializer("w2", Tensor::f32(&[M, D], &[0.5; D * M]));
+    for _ in 0..2 {
+        let copies = [w1, w2].map(|w| g.add_op("Identity", &[w], vec![], "copy"));
+        let hidden = g.add_op("MatMul", &[x, copies[0]], vec![], "hidden");
+        let hidden = g.add_op("Relu", &[hidden], vec![], "active");
+        x = g.add_op("MatMul", &[hidden, copies[1]], vec![], "out");
+    }
+    g.add_output(x, declared);
+    g.sort();
+    let (facts, anatomy) = analyse(&g).unwrap();
+    let mlps: Vec<(usize, usize)> =
+        anatomy.groups.iter().filter(|g| g.kind == Kind::Mlp).map(|g| (g.units(), g.sites.len())).collect();
+    assert_eq!(mlps[0], (M, 2));
+    let kept = [(anatomy.groups[0].id.clone(), vec![0, 2, 5])].into();
+    let sliced = slice::apply(&g, &facts, &anatomy, &kept, &analyse).unwrap();
+    assert_eq!((sliced.cuts.len(), sliced.cloned.len()), (2, 0));
+}
+
+#[test]
+fn layers_that_share_weights_are_cut_alike() {
+    let graph = blocks(Biases::Apart, true);
+    let (facts, anatomy) = analyse(&graph).unwrap();
+    let mlps: Vec<&str> = anatomy.groups.iter().filter(|g| g.kind == Kind::Mlp).map(|g| g.id.as_str()).collect();
+    assert_eq!(mlps, ["mlp.0"]);
+    let kept = [("mlp.0".to_string(), vec![0, 2, 5])].into();
+    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).unwrap();
+    let cut: Vec<&str> = sliced.cuts.iter().map(|c| c.initializer.as_str()).collect();
+    assert!(sliced.cloned.is_empty() && ["w1.0", "w2.0", "b0", "b1"].iter().all(|name| cut.contains(name)), "{cut:?}");
+>>>>>>> main
 }

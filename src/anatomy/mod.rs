@@ -9,16 +9,19 @@
 
 mod attention;
 mod group;
+mod nest;
 mod tokens;
 mod unknown;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
-pub use tokens::{FIXED, TokenSite};
+pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId};
-use crate::graph::{Graph, Id};
+use crate::graph::{Graph, Id, NodeId};
 use crate::infer::Facts;
+use crate::ops;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Something that a user might expect to be cut, and why it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,15 +49,16 @@ pub struct Anatomy {
     /// Attention layers, from the input on.
     pub attention: Vec<AttentionLayer>,
     /// Places where the sequence can be shortened, from the input on.
-    pub tokens: Vec<TokenSite>,
+    pub tokens: TokenSites,
 }
 
 /// Names the classes of a graph.
 pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     let attention = attention_layers(graph, facts, &axes);
+    let grown = group::grown_from_weights(graph, &axes);
     let place = places(graph);
     let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
-    let mut taken = std::collections::BTreeSet::new();
+    let mut taken = BTreeSet::new();
     for (layer, a) in attention.iter().enumerate() {
         for (kind, classes) in [(Kind::Qk, &a.qk), (Kind::Vo, &a.vo), (Kind::Head, &a.head)] {
             for class in classes {
@@ -64,6 +68,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
             }
         }
     }
+    taken.extend(attention.iter().flat_map(|a| &a.sharers));
     let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
         .filter(|c| !taken.contains(c) && between_weights(&axes, &axes.classes()[*c]))
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
@@ -71,18 +76,27 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     rest.sort_unstable();
     for (at, class) in rest {
         let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
+<<<<<<< HEAD
+=======
+        // Counted below, where it is known which of them are groups.
+>>>>>>> main
         found.push((kind, 0, class, at));
     }
-    let layers: Vec<_> = attention.iter().map(|a| (a.logits, a.softmax)).collect();
+    let layers: Vec<_> = attention.iter().map(|a| (a.logits.first().copied().unwrap_or(a.softmax), a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
+<<<<<<< HEAD
     let (mut mlps, mut channels) = (0, 0);
+=======
+    let mut counted: BTreeMap<Kind, usize> = BTreeMap::new();
+>>>>>>> main
     for (kind, layer, class, _) in found {
-        match refusal(graph, &anatomy.axes, kind, class) {
+        match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
             None => {
+<<<<<<< HEAD
                 // Only what can be cut is counted, so that what an exporter adds elsewhere does not move the numbers.
                 let counter = match kind {
                     Kind::Mlp => Some(&mut mlps),
@@ -95,10 +109,17 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
                 if let Some(n) = counter {
                     *n += 1;
                 }
+=======
+                let count = counted.entry(kind).or_insert(0);
+                let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { *count } else { layer };
+                let group = group::build(graph, facts, &anatomy.axes, kind, layer, class);
+                *count += usize::from(group.is_some());
+                anatomy.groups.extend(group);
+>>>>>>> main
             }
         }
     }
-    anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));
+    anatomy.groups.extend(anatomy.tokens.sites.iter().map(group::of_tokens));
     for (_, node, reason) in without {
         let refused =
             Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
@@ -116,6 +137,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     anatomy
 }
 
+/// Whether a node reads shapes alone.
+fn is_shape_only(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
+}
+
 /// Position of each node in the order of the graph.
 fn places(graph: &Graph) -> Vec<usize> {
     let mut place = vec![0; graph.node_capacity()];
@@ -131,10 +158,15 @@ fn between_weights(axes: &Axes, class: &Class) -> bool {
 }
 
 /// `None`: the class can be cut. `Some(None)`: it cannot, and nobody would expect it to. `Some(Some)`: a refusal to show.
-fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Option<Refusal>> {
+fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId, grown: &BTreeSet<ClassId>) -> Option<Option<Refusal>> {
     let c = &axes.classes()[class];
     let Some(barrier) = c.barriers.iter().find(|b| b.node.is_some()).or(c.barriers.first()) else {
         let usable = c.size.is_some_and(|s| s > 1) && !c.sinks.is_empty() && group::is_born(axes, c);
+        if let Some((reader, axis)) = group::read_apart(graph, axes, c).filter(|_| usable) {
+            let reason = "reads for itself what is computed from constants and cut for others".to_string();
+            let (node, op) = (graph.label(reader), graph.node(reader).op().to_string());
+            return Some(Some(Refusal { kind, node, op, axis, reason }));
+        }
         return if usable { None } else { Some(None) };
     };
     // The residual stream meets every layer; only what belongs to one layer would be expected to be cut.
@@ -142,6 +174,7 @@ fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Opt
         Kind::Mlp | Kind::Channel => c.sinks.len() <= 2 && c.barriers.iter().all(|b| b.node.is_some()),
         Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => c.size.is_none_or(|s| s > 1),
     };
+    let local = local && grown.contains(&class);
     let (node, op) = match barrier.node {
         Some(n) => (graph.label(n), graph.node(n).op().to_string()),
         None => (String::new(), String::new()),

@@ -85,6 +85,10 @@ impl<'a> Builder<'a> {
     pub fn div(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.op("Div", &[a, b], vec![])
     }
+    /// `a` and `b`, both booleans, broadcast.
+    pub fn and(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        self.op("And", &[a, b], vec![])
+    }
     /// `-a`.
     pub fn neg(&mut self, a: ValueId) -> ValueId {
         self.op("Neg", &[a], vec![])
@@ -158,6 +162,16 @@ impl<'a> Builder<'a> {
             self.op(op, &[a, axes], vec![])
         } else {
             self.op(op, &[a], vec![attr("axes", AttrValue::Ints(axes.to_vec()))])
+        }
+    }
+    /// `a`, of rank `rank`, with one zero behind the last position of `axis` (pads as an input from opset 11 on).
+    pub fn pad_end(&mut self, a: ValueId, rank: usize, axis: usize) -> ValueId {
+        let pads: Vec<i64> = (0..2 * rank).map(|p| i64::from(p == rank + axis)).collect();
+        if self.opset() >= 11 {
+            let pads = self.ints(&pads);
+            self.op("Pad", &[a, pads], vec![])
+        } else {
+            self.op("Pad", &[a], vec![attr("pads", AttrValue::Ints(pads))])
         }
     }
     /// `a[starts..ends]` along `axes`.

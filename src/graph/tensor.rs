@@ -190,8 +190,19 @@ impl Tensor {
             DType::U16 => all(b, |c| u16::from_le_bytes(c).into()),
             DType::I8 => all(b, |c| i8::from_le_bytes(c).into()),
             DType::U8 | DType::Bool => all(b, |c: [u8; 1]| c[0].into()),
+            DType::U4 | DType::I4 | DType::U2 | DType::I2 => self.packed_ints(),
             _ => return None,
         })
+    }
+
+    /// Elements of 4 or 2 bits, as many as there are.
+    fn packed_ints(&self) -> Vec<i64> {
+        let (bits, signed) = (self.dtype.bits(), matches!(self.dtype, DType::I4 | DType::I2));
+        let (per_byte, range) = (8 / bits, 1i64 << bits);
+        let unsigned =
+            self.bytes.iter().flat_map(|byte| (0..per_byte).map(move |n| i64::from(*byte >> (bits * n)) & (range - 1)));
+        let ints = unsigned.map(|v| if signed && v >= range / 2 { v - range } else { v });
+        ints.take(self.element_count()).collect()
     }
 
     /// Elements as f32, for floating-point types; `None` for others.
@@ -204,6 +215,22 @@ impl Tensor {
             DType::BF16 => b.as_chunks::<2>().0.iter().map(|c| half::bf16::from_le_bytes(*c).to_f32()).collect(),
             _ => return None,
         })
+    }
+
+    /// Whether all elements are numbers: neither NaN nor infinite. Types that are not floating-point have no others.
+    pub fn is_finite(&self) -> bool {
+        // All ones in the exponent. Blocks without a way out inside are compared many elements at a time.
+        fn none<const N: usize, T: Copy>(bytes: &[u8], bits: impl Fn([u8; N]) -> T, is_special: impl Fn(T) -> bool) -> bool {
+            bytes.as_chunks::<N>().0.chunks(1024).all(|block| !block.iter().fold(false, |any, c| any | is_special(bits(*c))))
+        }
+        let b = &self.bytes[..];
+        match self.dtype {
+            DType::F32 => none(b, u32::from_le_bytes, |n| n & 0x7f80_0000 == 0x7f80_0000),
+            DType::F64 => none(b, u64::from_le_bytes, |n| n & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000),
+            DType::F16 => none(b, u16::from_le_bytes, |n| n & 0x7c00 == 0x7c00),
+            DType::BF16 => none(b, u16::from_le_bytes, |n| n & 0x7f80 == 0x7f80),
+            _ => true,
+        }
     }
 
     /// The same shape with other float values, stored in this tensor's floating-point type.
@@ -285,6 +312,26 @@ mod tests {
         let t = Tensor::new(DType::U4, vec![2, 3], Bytes::from_static(&[0x21, 0x43, 0x65]));
         let cut = t.take(1, &[0, 2]);
         assert_eq!((cut.dims, &cut.bytes[..]), (vec![2, 2], &[0x31, 0x64][..]));
+    }
+
+    #[test]
+    fn packed_elements_are_integers() {
+        let of = |dtype| Tensor::new(dtype, vec![3], Bytes::from_static(&[0x81, 0x0f])).to_i64s();
+        assert_eq!((of(DType::U4), of(DType::I4)), (Some(vec![1, 8, 15]), Some(vec![1, -8, -1])));
+        let quarter = Tensor::new(DType::I2, vec![4], Bytes::from_static(&[0b11_10_01_00]));
+        assert_eq!(quarter.to_i64s(), Some(vec![0, 1, -2, -1]));
+    }
+
+    #[test]
+    fn nan_and_infinity_are_seen_in_every_type() {
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            let like = Tensor::new(dtype, vec![3], Bytes::new());
+            assert!(like.with_f32s(&[0.0, -3e4, 1e-7]).is_finite());
+            for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert!(!like.with_f32s(&[1.0, 2.0, odd]).is_finite(), "{} {odd}", dtype.name());
+            }
+        }
+        assert!(Tensor::i64s(&[-1]).is_finite());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What trains or runs models: search, fine-tuning, evaluation, latency.
 
+use super::apart::Trainable;
 use super::edit::{check_all_elements, search_error};
 use super::{Error, Model, check_trains, class_output};
 use crate::anatomy::Kind;
@@ -7,7 +8,6 @@ use crate::bench::{self, Contender};
 use crate::data::Dataset;
 use crate::eval::{self, EvalError, EvalOptions, Evaluation};
 use crate::graph::Graph;
-use crate::onnx;
 use crate::runtime::{self, LibraryChoice, RuntimeName, SessionOptions};
 use crate::search::{self, Config, FinetuneConfig, FinetuneJob, Finetuned, Job, Outcome, Progress};
 use crate::verify::feeds::{self, Feeds};
@@ -58,10 +58,12 @@ pub fn search(
     check_search(model, &ask.config.gates)?;
     let output = class_output(model, ask.output)?;
     let sha256 = model.sha256()?;
-    let (groups, tokens) = search::gates(model.graph(), &model.anatomy, &ask.config.gates);
+    let trainable = Trainable::of_model(model)?;
+    let (graph, facts, _) = trainable.parts();
+    let (groups, tokens) = trainable.gates(model, &ask.config.gates)?;
     let job = Job {
-        graph: model.graph(),
-        facts: &model.facts,
+        graph,
+        facts,
         groups: &groups,
         tokens: &tokens,
         model_sha256: &sha256,
@@ -89,8 +91,12 @@ pub fn finetune(
     check_trains(student)?;
     let output = class_output(student, output)?;
     let output = output.as_deref();
-    let job = FinetuneJob { student: student.graph(), facts: &student.facts, teacher: teacher.graph(), output, library };
-    search::finetune(&job, data, config, progress, stop).map_err(|cause| search_error(&student.path, cause))
+    let trainable = Trainable::of_model(student)?;
+    let (graph, facts, _) = trainable.parts();
+    let job = FinetuneJob { student: graph, facts, teacher: teacher.graph(), output, library };
+    let tuned = search::finetune(&job, data, config, progress, stop).map_err(|cause| search_error(&student.path, cause))?;
+    let graph = trainable.put_back(student.graph(), tuned.graph).map_err(|reason| Error::unsuitable(&student.path, reason))?;
+    Ok(Finetuned { graph, ..tuned })
 }
 
 /// How a model is evaluated.
@@ -112,7 +118,7 @@ pub fn evaluate(model: &Model, reference: Option<&Model>, ask: &EvalAsk<'_>, sto
     let fixed = eval::fixed_batch(model.graph(), &model.facts);
     let loaders = std::thread::available_parallelism().map_or(1, usize::from);
     let options = EvalOptions { batch: fixed.unwrap_or(ask.batch), is_batch_fixed: fixed.is_some(), loaders, output };
-    let open = |graph: &Graph| -> Result<_, Error> { Ok(runtime::open(RuntimeName::Ort, &onnx::to_bytes(graph)?, ask.session)?) };
+    let open = |graph: &Graph| -> Result<_, Error> { Ok(runtime::open_graph(RuntimeName::Ort, graph, ask.session)?) };
     let mut session = open(model.graph())?;
     let mut other = reference.map(|r| open(r.graph())).transpose()?;
     let found = match &mut other {
@@ -139,7 +145,7 @@ pub fn bench_feeds(
     for name in leading.flat_map(|d| d.names()) {
         sizes.entry(name.to_string()).or_insert(batch as i64);
     }
-    let mut session = runtime::open(runtime, &onnx::to_bytes(graph)?, options)?;
+    let mut session = runtime::open_graph(runtime, graph, options)?;
     let mut run = |feeds: &Feeds| match session.run(feeds) {
         Ok(outputs) if outputs.iter().all(|(_, a)| compare::is_finite(a)) => Tried::Finite,
         Ok(_) => Tried::NotFinite,
@@ -153,8 +159,8 @@ pub fn bench_feeds(
 
 /// Latency of one model, or of several in turn, on the same inputs.
 pub fn bench(models: &[&Model], feeds: &Feeds, settings: &bench::Settings) -> Result<bench::Report, Error> {
-    let bytes = models.iter().map(|m| Ok(onnx::to_bytes(m.graph())?)).collect::<Result<Vec<_>, Error>>()?;
     let names: Vec<String> = models.iter().map(|m| m.path.display().to_string()).collect();
-    let contenders: Vec<Contender<'_>> = bytes.iter().zip(&names).map(|(bytes, name)| Contender { name, bytes, feeds }).collect();
+    let contenders: Vec<Contender<'_>> =
+        models.iter().zip(&names).map(|(m, name)| Contender { name, graph: m.graph(), feeds }).collect();
     Ok(bench::measure(&contenders, settings)?)
 }

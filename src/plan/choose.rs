@@ -155,12 +155,12 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
         return Err(ChooseError::ScoresDiffer { group: group.id.clone(), found: values.len(), units });
     }
     let pinned: BTreeSet<usize> = limits.pinned.get(&group.id).into_iter().flatten().copied().collect();
-    let width = group.stored.len();
+    let (width, first_row) = (group.stored.len(), group.bundles());
     let mut rows: Vec<Vec<(f64, Vec<usize>)>> = Vec::new();
     for head in 0..group.nest_count() {
         let mut bundles: Vec<(f64, Vec<usize>)> = Vec::new();
-        for unit in head * width..(head + 1) * width {
-            let bundle = group.bundle(unit);
+        for (unit, bundle) in (head * width..).zip(&first_row) {
+            let bundle: Vec<usize> = bundle.iter().map(|u| head * width + u).collect();
             if bundle[0] == unit && !bundle.iter().any(|u| pinned.contains(u)) {
                 bundles.push((bundle.iter().map(|u| f64::from(values[*u])).sum(), bundle));
             }
@@ -219,11 +219,17 @@ impl Ladder<'_> {
 
     /// Stored dims per head after `n` steps; their mean, rounded up, where heads have widths of their own.
     fn width_after(&self, n: usize) -> usize {
+<<<<<<< HEAD
         if self.own_widths.is_some() {
             return self.kept(n).len().div_ceil(self.group.nest_count());
         }
         let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
         self.group.stored.len() - n * per_head
+=======
+        let heads = self.group.nest_count() * self.group.sharing();
+        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / heads.max(1));
+        self.group.width() - n * per_head
+>>>>>>> main
     }
 
     /// Positions of the class that `n` steps take away, per head.
@@ -239,7 +245,11 @@ impl Ladder<'_> {
 
     /// The greatest number of steps up to `n` that leaves a rounded width.
     fn rounded(&self, n: usize, round: usize) -> usize {
+<<<<<<< HEAD
         if self.own_widths.is_some() || round <= 1 || self.group.stored.len() < round {
+=======
+        if round <= 1 || self.group.width() < round {
+>>>>>>> main
             return n;
         }
         (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
@@ -247,7 +257,7 @@ impl Ladder<'_> {
 }
 
 fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> usize {
-    let width = ladder.group.stored.len();
+    let width = ladder.group.width();
     let target = (fraction * width as f64).round() as usize;
     let n = (0..=ladder.steps.len()).find(|n| ladder.width_after(*n) <= target).unwrap_or(ladder.steps.len());
     ladder.rounded(n, limits.round)
@@ -255,12 +265,12 @@ fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> us
 
 /// All steps of all ladders, in the order of score per cost.
 fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usize> {
-    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
     for (i, l) in ladders.iter().enumerate() {
         if l.steps.is_empty() {
             continue;
         }
+<<<<<<< HEAD
         // Of heads with widths of their own, as many steps as take one dim of each, or a multiple where widths are rounded.
         let first = l.own_widths.map_or(1, |round| (round * l.group.nest_count()).min(l.steps.len()));
         let mut some = vec![0; ladders.len()];
@@ -271,6 +281,10 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
             (true, Some(a), Some(b)) => a.saturating_sub(b),
             _ => whole.params.saturating_sub(after.params),
         } / taken.max(1) as u64;
+=======
+        let step = model.first_step(l.group);
+        let saved = if by_macs { step.macs.unwrap_or(step.params) } else { step.params };
+>>>>>>> main
         let mut floor = f64::NEG_INFINITY;
         for (n, (_, score)) in l.steps.iter().enumerate() {
             floor = floor.max(score / saved.max(1) as f64);
@@ -282,19 +296,18 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
 }
 
 fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Cost {
-    let sizes: BTreeMap<ClassId, usize> = ladders
-        .iter()
-        .zip(counts)
+    let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
+    let sizes: BTreeMap<ClassId, usize> = shortened()
         .filter(|(l, _)| l.group.kind != Kind::Token)
+<<<<<<< HEAD
         .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - l.lost(*n)))
+=======
+        .map(|(l, n)| (l.group.leaf, l.group.class_size() - n * l.group.run))
+>>>>>>> main
         .collect();
-    let tokens: BTreeMap<usize, usize> = ladders
-        .iter()
-        .zip(counts)
-        .filter(|(l, _)| l.group.kind == Kind::Token)
-        .map(|(l, n)| (l.group.layer, l.width_after(*n)))
-        .collect();
-    model.under(&|class| sizes.get(&class).copied(), &tokens)
+    let tokens: BTreeMap<usize, usize> =
+        shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
+    model.under(&sizes, &tokens)
 }
 
 fn steps_for_budget(

@@ -4,11 +4,13 @@ use super::Scores;
 use crate::anatomy::{Anatomy, Group, Kind, unit_tags};
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, Id};
+use crate::ops::quantize;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
-/// L2 norm of all weights that go with a unit. Tokens, which have none, get equal scores.
+/// L2 norm of all weights that go with a unit, quantized ones as the floats that they stand for; units that go together share theirs.
+/// Tokens, which have none, get equal scores.
 pub fn magnitude(graph: &Graph, anatomy: &Anatomy) -> Scores {
     let groups = anatomy.groups.iter().map(|g| (g.id.clone(), group_magnitude(graph, anatomy, g))).collect();
     Scores { groups, by: "magnitude".into(), model_sha256: String::new() }
@@ -22,7 +24,7 @@ fn group_magnitude(graph: &Graph, anatomy: &Anatomy, group: &Group) -> Vec<f32> 
     let size = group.stored.iter().max().map_or(0, |m| m + 1);
     let mut sums = vec![0f64; group.nest_count() * size];
     for cut in &group.cuts {
-        let Some(values) = graph.constant(cut.value).as_ref().and_then(crate::graph::Tensor::to_f32s) else { continue };
+        let Some(values) = quantize::values::floats(graph, cut.value) else { continue };
         let Some(tensor) = graph.constant(cut.value) else { continue };
         let carrier = match cut.reader {
             Some(at) => anatomy.axes.carrier_at(graph, at.node, Slot::In(at.slot)),
@@ -37,7 +39,9 @@ fn group_magnitude(graph: &Graph, anatomy: &Anatomy, group: &Group) -> Vec<f32> 
             }
         }
     }
-    (0..group.units()).map(|u| sums[u / width * size + group.stored[u % width]].sqrt() as f32).collect()
+    let together: Vec<f64> = (0..width).map(|u| group.bundle(u).len() as f64).collect();
+    let norm = |u: usize| sums[u / width * size + group.stored[u % width]].sqrt() / together[u % width];
+    (0..group.units()).map(|u| norm(u) as f32).collect()
 }
 
 /// Uniform in [0, 1), from a stream of its own for each group: the same seed gives the same scores, whatever other groups exist.

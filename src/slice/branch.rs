@@ -7,9 +7,14 @@
 //! Where heads of a layer keep different numbers of dims, no value `[B, H, N, E]` exists either: the nodes from where heads get an axis
 //! of their own to where they lie on a flat one again are copied for each width, and the copies joined there.
 
+<<<<<<< HEAD
 use super::cutset::{CutSet, HeadsOf, Stays};
 use super::heads::{self, Split};
 use super::refit::{RefitCx, RefitError};
+=======
+use super::cutset::{CutSet, Stays};
+use super::refit::{Edit, RefitCx, RefitError};
+>>>>>>> main
 use super::shapes::gather;
 use super::{Cloned, constants};
 use crate::axes::relation::Slot;
@@ -33,11 +38,17 @@ pub(super) struct Brancher<'a> {
     split: &'a Split,
     /// Patches that copied nodes asked for.
     pub(super) patches: Vec<(Use, Vec<(usize, i64)>)>,
+<<<<<<< HEAD
     /// Constants that copied nodes read a part of.
     pub(super) cloned: Vec<Cloned>,
     made: BTreeMap<(CarrierId, Part), ValueId>,
     /// What stands in the place of values that are blocks again.
     whole: BTreeMap<CarrierId, ValueId>,
+=======
+    /// Edits of constants that they asked for.
+    pub(super) edits: Vec<(Use, Edit)>,
+    made: BTreeMap<(CarrierId, Vec<usize>), ValueId>,
+>>>>>>> main
 }
 
 type Cases = BTreeSet<usize>;
@@ -59,8 +70,12 @@ impl<'a> Brancher<'a> {
         ragged: &'a BTreeSet<CarrierId>,
         split: &'a Split,
     ) -> Self {
+<<<<<<< HEAD
         let (patches, cloned, made, whole) = (Vec::new(), Vec::new(), BTreeMap::new(), BTreeMap::new());
         Self { graph, original, facts, axes, cut, ragged, split, patches, cloned, made, whole }
+=======
+        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), edits: Vec::new(), made: BTreeMap::new() }
+>>>>>>> main
     }
 
     /// Replaces every value that is a block again behind one that is not.
@@ -314,7 +329,7 @@ impl<'a> Brancher<'a> {
 
     fn refit(&mut self, origin: NodeId, id: NodeId, kept: &BTreeMap<(ValueId, usize), Vec<usize>>) -> Result<(), RefitError> {
         let node = self.original.node(origin);
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { return Ok(()) };
+        let Some(Refit::Rule(rule)) = ops::rule_of(self.original, node).map(|r| &r.refit) else { return Ok(()) };
         let look = |v: ValueId, axis: usize| kept.get(&(v, axis)).map(Vec::as_slice);
         let mut cx = RefitCx {
             graph: self.graph,
@@ -324,10 +339,13 @@ impl<'a> Brancher<'a> {
             facts: self.facts,
             kept: &look,
             patches: Vec::new(),
+            edits: Vec::new(),
         };
         rule(&mut cx)?;
         let patches = std::mem::take(&mut cx.patches);
+        let edits = std::mem::take(&mut cx.edits);
         self.patches.extend(patches.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+        self.edits.extend(edits.into_iter().map(|(slot, edit)| (Use { node: id, slot }, edit)));
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 
 use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::{AxisOf, CarrierId, ClassId, Region};
+use crate::graph::Use;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Units kept of each group that loses some.
@@ -93,9 +94,16 @@ pub struct CutSet<'a> {
     removals: Vec<Removal<'a>>,
     /// For classes that lose whole positions: the first one that stays.
     stand_in: BTreeMap<ClassId, usize>,
+<<<<<<< HEAD
     classes: BTreeSet<ClassId>,
     /// For classes of heads of unlike width: the heads of each width, the widest first.
     widths: BTreeMap<ClassId, Vec<Vec<usize>>>,
+=======
+    /// Numbers of the removals that cut a class.
+    of_class: BTreeMap<ClassId, Vec<usize>>,
+    /// Numbers of the removals that a use spreads.
+    spread: BTreeMap<Use, Vec<usize>>,
+>>>>>>> main
 }
 
 /// The heads of one width: their class, and their number among the widths.
@@ -104,9 +112,10 @@ pub type HeadsOf = (ClassId, usize);
 impl<'a> CutSet<'a> {
     /// Checks what a plan keeps and turns it around.
     pub fn new(anatomy: &'a Anatomy, kept: &Kept) -> Result<Self, CutError> {
+        let by_id: BTreeMap<&str, &Group> = anatomy.groups.iter().map(|g| (g.id.as_str(), g)).collect();
         let mut removals = Vec::new();
         for (id, units) in kept {
-            let group = anatomy.groups.iter().find(|g| g.id == *id).ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
+            let group = by_id.get(id.as_str()).copied().ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
             let gone = gone_of(group, units)?;
             let is_pinned = |g: &Group| anatomy.tokens.iter().any(|s| s.layer == g.layer && !s.pinned.is_empty());
             if group.kind == Kind::Token && units.is_empty() && !is_pinned(group) {
@@ -122,9 +131,20 @@ impl<'a> CutSet<'a> {
             let first = (0..size).find(|c| !r.gone.contains(&(0, *c))).unwrap_or(0);
             stand_in.insert(r.group.leaf, first);
         }
+<<<<<<< HEAD
         let classes = removals.iter().map(|r| r.group.leaf).collect();
         let mut set = Self { anatomy, removals, stand_in, classes, widths: BTreeMap::new() };
         set.widths = set.find_widths()?;
+=======
+        let mut of_class: BTreeMap<ClassId, Vec<usize>> = BTreeMap::new();
+        let mut spread: BTreeMap<Use, Vec<usize>> = BTreeMap::new();
+        for (number, r) in removals.iter().enumerate() {
+            of_class.entry(r.group.leaf).or_default().push(number);
+            r.group.spread.iter().for_each(|at| spread.entry(*at).or_default().push(number));
+        }
+        let set = Self { anatomy, removals, stand_in, of_class, spread };
+        set.check_equal()?;
+>>>>>>> main
         Ok(set)
     }
 
@@ -180,13 +200,18 @@ impl<'a> CutSet<'a> {
         self.removals.iter().filter(is_empty).map(|r| r.group).collect()
     }
 
+    /// Removals that cut a class.
+    fn of_class(&self, class: ClassId) -> impl Iterator<Item = &Removal<'a>> {
+        self.of_class.get(&class).into_iter().flatten().map(|number| &self.removals[*number])
+    }
+
     /// Whether a head that the group's units are nested in is removed as a whole.
     fn row_is_gone(&self, group: &Group, row: usize) -> bool {
         let mut rest = row;
         for (class, size) in group.nest.iter().rev() {
             let at = rest % size;
             rest /= size;
-            if self.removals.iter().any(|r| r.group.leaf == *class && r.group.nest.is_empty() && r.gone.contains(&(0, at))) {
+            if self.of_class(*class).any(|r| r.group.nest.is_empty() && r.gone.contains(&(0, at))) {
                 return true;
             }
         }
@@ -196,7 +221,7 @@ impl<'a> CutSet<'a> {
     /// Number of positions that stay of a class, in each head.
     pub fn class_size(&self, class: ClassId) -> Option<usize> {
         let size = self.anatomy.axes.classes()[class].size?;
-        let Some(r) = self.removals.iter().find(|r| r.group.leaf == class) else { return Some(size) };
+        let Some(r) = self.of_class(class).next() else { return Some(size) };
         let row = (0..r.group.nest_count()).find(|row| !self.row_is_gone(r.group, *row)).unwrap_or(0);
         Some(size - r.gone.iter().filter(|(x, _)| *x == row).count())
     }
@@ -208,10 +233,14 @@ impl<'a> CutSet<'a> {
 
     /// Carriers and axes that lose positions.
     pub fn touched(&self) -> BTreeSet<AxisOf> {
-        let members = self.classes.iter().flat_map(|c| &self.anatomy.axes.classes()[*c].members);
-        members.map(|m| (m.carrier, m.axis)).collect()
+        let members = |r: &'_ Removal<'a>| {
+            let all = self.anatomy.axes.classes()[r.group.leaf].members.iter();
+            all.filter(|m| !r.group.aside.contains(&m.carrier)).map(|m| (m.carrier, m.axis)).collect::<Vec<_>>()
+        };
+        self.removals.iter().flat_map(members).collect()
     }
 
+<<<<<<< HEAD
     /// Which positions of a region are removed; of a class of heads, all that are not of `heads`.
     fn gone_in(&self, region: &Region, heads: Option<HeadsOf>) -> Vec<bool> {
         let of_width = heads.and_then(|(class, n)| Some((class, self.widths.get(&class)?.get(n)?)));
@@ -244,6 +273,19 @@ impl<'a> CutSet<'a> {
                     .iter()
                     .fold(0, |row, (class, size)| row * size + at.get(class).copied().or_else(|| first(class)).unwrap_or(0));
                 *gone |= r.gone.contains(&(row, at[&r.group.leaf]));
+=======
+    /// Which positions of a region of a carrier are removed.
+    fn gone_in(&self, carrier: CarrierId, region: &Region) -> Vec<bool> {
+        let mut gone = vec![false; region.positions.len()];
+        let classes: BTreeSet<ClassId> = region.factors.iter().map(|(c, _)| *c).collect();
+        for r in classes.iter().flat_map(|c| self.of_class(*c)).filter(|r| !r.group.aside.contains(&carrier)) {
+            for (offset, gone) in gone.iter_mut().enumerate() {
+                let of = |class| region.coordinate(offset, class);
+                let row = r.group.nest.iter().fold(0, |row, (class, size)| {
+                    row * size + of(*class).or_else(|| self.stand_in.get(class).copied()).unwrap_or(0)
+                });
+                *gone |= of(r.group.leaf).is_some_and(|leaf| r.gone.contains(&(row, leaf)));
+>>>>>>> main
             }
         }
         gone
@@ -251,6 +293,7 @@ impl<'a> CutSet<'a> {
 
     /// What stays of an axis of a carrier, all cases together.
     pub fn stays(&self, at: AxisOf) -> Stays {
+<<<<<<< HEAD
         let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
         let mut ragged = false;
         let regions = self.anatomy.axes.regions(at);
@@ -261,9 +304,37 @@ impl<'a> CutSet<'a> {
                 Some(known) => ragged |= count(known) != count(&gone),
                 None => {
                     patterns.insert(region.positions, gone);
+=======
+        let sections = self.anatomy.axes.sections(at);
+        if sections.is_empty() {
+            let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.of_class.contains_key(c));
+            return if cut { Stays::Scaled } else { Stays::Whole };
+        }
+        // The first section stands for all of them, as long as the others keep as much: in all, and of equal cells.
+        let mut counts: BTreeMap<&[usize], usize> = BTreeMap::new();
+        let mut first: Option<Vec<usize>> = None;
+        let mut lost = false;
+        for section in &sections {
+            let mut kept: Vec<usize> = Vec::new();
+            for region in section {
+                let gone = self.gone_in(at.0, region);
+                lost |= gone.contains(&true);
+                let left = region.positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p);
+                let before = kept.len();
+                kept.extend(left);
+                let count = kept.len() - before;
+                if *counts.entry(&region.positions).or_insert(count) != count {
+                    return Stays::Ragged;
+>>>>>>> main
                 }
             }
+            kept.sort_unstable();
+            let one = first.get_or_insert_with(|| kept.clone());
+            if one.len() != kept.len() {
+                return Stays::Ragged;
+            }
         }
+<<<<<<< HEAD
         if ragged {
             return Stays::Ragged;
         }
@@ -282,6 +353,9 @@ impl<'a> CutSet<'a> {
             self.sort_by_width(&regions, &mut kept);
         }
         if lost { Stays::Positions(kept) } else { Stays::Whole }
+=======
+        if lost { Stays::Positions(first.unwrap_or_default()) } else { Stays::Whole }
+>>>>>>> main
     }
 
     /// Puts heads of one width beside each other: within each part of the axis, or on the whole of it where parts alternate.
@@ -315,14 +389,57 @@ impl<'a> CutSet<'a> {
     /// What stays of an axis of a carrier in one case, and the positions that the case covers; of a class of heads, only `heads`.
     pub fn stays_in_case(&self, at: AxisOf, case: usize, heads: Option<HeadsOf>) -> Option<(Vec<usize>, Vec<usize>)> {
         let region = self.anatomy.axes.region(at, case)?;
+<<<<<<< HEAD
         let gone = self.gone_in(&region, heads);
+=======
+        let gone = self.gone_in(at.0, &region);
+>>>>>>> main
         let kept = region.positions.iter().zip(gone).filter(|(_, g)| !g).map(|(p, _)| *p).collect();
         Some((kept, region.positions))
     }
 
+<<<<<<< HEAD
     /// Whether nothing is left of an axis.
     pub fn is_emptied(&self, at: AxisOf) -> bool {
         matches!(self.stays(at), Stays::Positions(p) if p.is_empty())
+=======
+    /// Where constants that hold one value for all heads meet heads that keep different dims.
+    pub(super) fn spread(&self) -> BTreeSet<Use> {
+        self.spread.keys().copied().collect()
+    }
+
+    /// Classes of the heads that keep different dims where `at` reads a constant.
+    pub(super) fn heads_at(&self, at: Use) -> BTreeSet<ClassId> {
+        self.spread_at(at).flat_map(|r| r.group.nest.iter().map(|(c, _)| *c)).collect()
+    }
+
+    /// Positions on an axis of a constant that stay for one head, where `at` reads it.
+    pub(super) fn stays_for_head(&self, at: Use, axis: AxisOf, head: &BTreeMap<ClassId, usize>) -> Vec<usize> {
+        let mut gone: BTreeSet<usize> = BTreeSet::new();
+        for r in self.spread_at(at) {
+            let row = r.group.nest.iter().fold(0, |row, (class, size)| row * size + head.get(class).copied().unwrap_or(0));
+            for region in self.anatomy.axes.regions(axis) {
+                for (offset, position) in region.positions.iter().enumerate() {
+                    let leaf = region.coordinates(offset).get(&r.group.leaf).copied();
+                    if leaf.is_some_and(|leaf| r.gone.contains(&(row, leaf))) {
+                        gone.insert(*position);
+                    }
+                }
+            }
+        }
+        let size = self.anatomy.axes.carriers()[axis.0].shape[axis.1].size().unwrap_or(0);
+        (0..size).filter(|p| !gone.contains(p)).collect()
+    }
+
+    /// Whether an axis holds a class that a constant keeps whole where `at` reads it.
+    pub(super) fn is_spread(&self, at: Use, axis: AxisOf) -> bool {
+        let on = self.anatomy.axes.classes_on(axis);
+        self.spread_at(at).any(|r| on.contains(&r.group.leaf))
+    }
+
+    fn spread_at(&self, at: Use) -> impl Iterator<Item = &Removal<'a>> {
+        self.spread.get(&at).into_iter().flatten().map(|number| &self.removals[*number])
+>>>>>>> main
     }
 
     /// Number of cases of a carrier.
@@ -337,14 +454,13 @@ fn gone_of(group: &Group, kept: &[usize]) -> Result<BTreeSet<(usize, usize)>, Cu
     if let Some(unit) = stays.iter().find(|u| **u >= units) {
         return Err(CutError::UnknownUnit { group: group.id.clone(), unit: *unit, units });
     }
-    let width = group.stored.len();
+    let (width, bundles) = (group.stored.len(), group.bundles());
     let mut gone = BTreeSet::new();
     for unit in 0..units {
-        let partners = group.bundle(unit);
-        let torn = partners.iter().find(|p| !stays.contains(p));
+        let torn = bundles[unit % width].iter().map(|p| unit / width * width + p).find(|p| !stays.contains(p));
         match (stays.contains(&unit), torn) {
             (true, Some(partner)) => {
-                return Err(CutError::TornPair { group: group.id.clone(), unit, partner: *partner });
+                return Err(CutError::TornPair { group: group.id.clone(), unit, partner });
             }
             (true, None) => {}
             (false, _) => {

@@ -9,7 +9,10 @@
 mod branch;
 mod constants;
 pub mod cutset;
+<<<<<<< HEAD
 mod empty;
+=======
+>>>>>>> main
 mod heads;
 pub mod refit;
 mod shapes;
@@ -23,7 +26,7 @@ use crate::graph::{Graph, Id, NodeId, Use, ValueId, check};
 use crate::infer::{self, Facts, InferError};
 use crate::ops::{self, Refit};
 use cutset::{CutError, CutSet, Kept, Stays};
-use refit::{RefitCx, RefitError};
+use refit::{Edit, RefitCx, RefitError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -172,6 +175,19 @@ fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
         removed: old.order().iter().filter(|id| !after.contains(id)).map(|id| old.label(*id)).collect(),
         added: new.order().iter().filter(|id| !before.contains(id)).map(|id| new.label(*id)).collect(),
     }
+<<<<<<< HEAD
+=======
+    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, anatomy, &sites)?;
+    let (facts, anatomy) = analyse(&shorter)?;
+    let left: Kept =
+        kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
+    let mut sliced = cut_units(&shorter, &facts, &anatomy, &left)?;
+    cuts.append(&mut sliced.cuts);
+    cloned.append(&mut sliced.cloned);
+    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
+    let new = sliced.graph.order().iter().filter(|id| !before.contains(id)).map(|id| sliced.graph.label(*id)).collect();
+    Ok(Sliced { cuts, cloned, nodes: NodeChanges { added: new, ..sliced.nodes }, ..sliced })
+>>>>>>> main
 }
 
 /// Facts and anatomy of a graph: what the stages before this one find.
@@ -219,6 +235,7 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     }
     let mut cuts = constants::drop_dead(graph, &out, &mut needs);
     shapes::freeze(&mut out, facts, &new_size);
+<<<<<<< HEAD
     let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged, &copied)?;
     let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged, &split);
     brancher.run().map_err(|e| match split.values().next() {
@@ -238,6 +255,21 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let (own_cuts, own_cloned) = constants::cut(&mut out, needs);
     cuts.extend(own_cuts);
     cloned.extend(own_cloned);
+=======
+    let (mut patches, mut edits) = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
+    let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
+    brancher.run()?;
+    patches.append(&mut brancher.patches);
+    edits.append(&mut brancher.edits);
+    for (at, entries) in patches {
+        shapes::patch(&mut out, facts, at, &entries);
+    }
+    let (mut cuts, mut cloned) = constants::cut(&mut out, needs);
+    for (at, edit) in edits {
+        constants::edit(&mut out, at, &edit, &mut cuts, &mut cloned);
+    }
+    heads::spread(&mut out, graph, &anatomy.axes, &cut);
+>>>>>>> main
     out.sort();
     let loose = if is_emptied { empty::settle(&mut out, detached, facts, &cut, &new_shape)? } else { BTreeSet::new() };
     out.sort();
@@ -258,6 +290,7 @@ fn unused_values(graph: &Graph) -> Vec<bool> {
 }
 
 type Patches = Vec<(Use, Vec<(usize, i64)>)>;
+type Edits = Vec<(Use, Edit)>;
 
 /// Lets every node that touches a cut axis follow it.
 fn refit_nodes(
@@ -267,12 +300,19 @@ fn refit_nodes(
     anatomy: &Anatomy,
     stays: &BTreeMap<(CarrierId, usize), Stays>,
     ragged: &BTreeSet<CarrierId>,
+<<<<<<< HEAD
     copied: &BTreeSet<NodeId>,
 ) -> Result<Patches, RefitError> {
     let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
     let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
     let mut patches = Vec::new();
     for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id) && !copied.contains(id)) {
+=======
+) -> Result<(Patches, Edits), RefitError> {
+    let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
+    let (mut patches, mut edits) = (Vec::new(), Vec::new());
+    for (id, node) in graph.nodes() {
+>>>>>>> main
         let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
         let carriers: Vec<(Slot, CarrierId)> = slots
             .filter_map(|s| anatomy.axes.carrier_at(graph, id, s).map(|c| (s, c)))
@@ -281,7 +321,7 @@ fn refit_nodes(
         if carriers.is_empty() || carriers.iter().any(|(_, c)| ragged.contains(c)) {
             continue;
         }
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let Some(Refit::Rule(rule)) = ops::rule_of(graph, node).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| {
             let at = |slot: &Slot| match slot {
                 Slot::In(i) => node.input(*i),
@@ -295,12 +335,15 @@ fn refit_nodes(
                 _ => None,
             }
         };
-        let mut cx = RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        let mut cx =
+            RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new(), edits: Vec::new() };
         rule(&mut cx)?;
         let found = std::mem::take(&mut cx.patches);
+        let edited = std::mem::take(&mut cx.edits);
         patches.extend(found.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+        edits.extend(edited.into_iter().map(|(slot, edit)| (Use { node: id, slot }, edit)));
     }
-    Ok(patches)
+    Ok((patches, edits))
 }
 
 /// The result is a sound graph, and every value that is still there has the shape that the plan says.

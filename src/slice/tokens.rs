@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Tokens that stay at each site that loses some, in the order of layers: a token that is gone stays gone.
 pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a TokenSite, BTreeSet<usize>)> {
     let mut out: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
-    for site in &anatomy.tokens {
+    for site in &anatomy.tokens.sites {
         let group = anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer);
         let Some(units) = group.and_then(|g| kept.get(&g.id)) else { continue };
         let mut stays: BTreeSet<usize> = units.iter().copied().chain(site.pinned.iter().copied()).collect();
@@ -30,6 +30,7 @@ pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a Tok
     out
 }
 
+<<<<<<< HEAD
 /// The sites in the graph from which units were cut, by the softmax of their layer. Where a layer has no attention any more, its
 /// tokens go at the next site.
 pub(super) fn find_again<'a>(
@@ -55,26 +56,35 @@ pub(super) fn find_again<'a>(
         }
         _ => Ok(found),
     }
+=======
+/// The sites alone.
+pub(super) fn sites_of<'a>(sites: &[(&'a TokenSite, BTreeSet<usize>)]) -> Vec<&'a TokenSite> {
+    sites.iter().map(|(site, _)| *site).collect()
+>>>>>>> main
 }
 
 /// Shortens the sequence at every site that loses tokens.
 pub(super) fn cut(
     graph: &Graph,
     facts: &Facts,
+    anatomy: &Anatomy,
     sites: &[(&TokenSite, BTreeSet<usize>)],
 ) -> Result<(Graph, Vec<TensorCut>, Vec<Cloned>), RefitError> {
     let mut out = graph.clone();
     // Which positions stay of each axis that holds tokens: by the last site before it.
     let mut stays: BTreeMap<(ValueId, usize), Vec<usize>> = BTreeMap::new();
     let mut needs: BTreeMap<ValueId, BTreeMap<Use, Keeps>> = BTreeMap::new();
-    for (site, kept) in sites {
+    for (number, stretch) in anatomy.tokens.last_before(&sites_of(sites)) {
+        let kept = &sites[number].1;
         let positions = |list: &[usize]| -> Vec<usize> {
             (0..list.len()).filter(|i| list[*i] == FIXED || kept.contains(&list[*i])).collect()
         };
-        stays.extend(site.reach.iter().map(|(at, list)| (*at, positions(list))));
-        for (at, axis, list) in &site.constants {
+        for (at, list) in &stretch.reach {
+            stays.entry(*at).or_insert_with(|| positions(list));
+        }
+        for (at, axis, list) in &stretch.constants {
             if let Some(v) = graph.node(at.node).input(at.slot) {
-                needs.entry(v).or_default().entry(*at).or_default().insert(*axis, positions(list));
+                needs.entry(v).or_default().entry(*at).or_default().entry(*axis).or_insert_with(|| positions(list));
             }
         }
     }
@@ -84,9 +94,18 @@ pub(super) fn cut(
         if !values().any(|v| stays.range((*v, 0)..=(*v, usize::MAX)).next().is_some()) {
             continue;
         }
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let Some(Refit::Rule(rule)) = ops::rule_of(graph, node).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| stays.get(&(v, axis)).map(Vec::as_slice);
-        let mut cx = RefitCx { graph: &mut out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: &mut out,
+            original: graph,
+            origin: id,
+            id,
+            facts,
+            kept: &look,
+            patches: Vec::new(),
+            edits: Vec::new(),
+        };
         rule(&mut cx)?;
         patches.extend(std::mem::take(&mut cx.patches).into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
     }
@@ -115,11 +134,11 @@ fn gather_sites(out: &mut Graph, sites: &[(&TokenSite, BTreeSet<usize>)]) {
             Some(b) => b.iter().copied().collect(),
         };
         let positions: Vec<usize> = (0..there.len()).filter(|i| kept.contains(&there[*i])).collect();
-        let users = out.value(site.value).users().to_vec();
-        let gathered = shapes::gather(out, site.value, site.axis, &positions, "cut");
-        for at in users {
-            if at.slot < out.node(at.node).inputs().len() {
-                out.set_input(at, Some(gathered));
+        for value in std::iter::once(&site.value).chain(&site.beside) {
+            let users = out.value(*value).users().to_vec();
+            let gathered = shapes::gather(out, *value, site.axis, &positions, "cut");
+            for at in users.iter().filter(|at| at.slot < out.node(at.node).inputs().len()).collect::<Vec<_>>() {
+                out.set_input(*at, Some(gathered));
             }
         }
         before = Some(kept);

@@ -29,11 +29,19 @@ pub(super) const RULE: OpRule = OpRule {
 };
 
 /// Heads, their width, and how much of it is rotated.
-struct Layout {
-    heads: Dim,
-    width: usize,
-    rotated: usize,
-    interleaved: bool,
+pub(crate) struct Layout {
+    pub(crate) heads: Dim,
+    pub(crate) width: usize,
+    pub(crate) rotated: usize,
+    pub(crate) interleaved: bool,
+}
+
+/// Where the tables are, and the positions at which they are looked up.
+#[derive(Clone, Copy)]
+pub(crate) struct Tables {
+    pub(crate) cos: Slot,
+    pub(crate) sin: Slot,
+    pub(crate) positions: Slot,
 }
 
 fn layout(node: &Node, x: &[Dim]) -> Result<Layout, String> {
@@ -55,7 +63,7 @@ fn layout(node: &Node, x: &[Dim]) -> Result<Layout, String> {
     Ok(Layout { heads, width, rotated, interleaved: node.attr_int("interleaved").unwrap_or(0) != 0 })
 }
 
-fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(crate) fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let shape = cx.shape(0).map(<[_]>::to_vec);
     if shape.as_ref().is_some_and(|s| s.len() != 3 && s.len() != 4) {
         return Err(cx.error("an input of another rank than 3 or 4"));
@@ -65,13 +73,18 @@ fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
 
 /// `b h n (a|b|rest), b n a, b n a -> b h n (a|b|rest)`, the rotated halves `a` and `b` being cut together.
 fn rotary_axes(cx: &AxesCx<'_>) -> Relations {
+    let tables = Tables { cos: Slot::In(1), sin: Slot::In(2), positions: Slot::In(3) };
+    rotation(cx, layout(cx.node, cx.shape(Slot::In(0))), tables)
+}
+
+/// The relations of a rotation of input 0 with this layout.
+pub(crate) fn rotation(cx: &AxesCx<'_>, found: Result<Layout, String>, tables: Tables) -> Relations {
     let mut relations = Relations::default();
     let (x, y) = (cx.shape(Slot::In(0)), Slot::Out(0));
     let tokens = token_axis(x);
     let r = &mut relations;
     r.same((Slot::In(0), 0), (y, 0));
     r.same((Slot::In(0), tokens), (y, tokens));
-    let found = layout(cx.node, x);
     let Ok(l) = found else {
         for axis in (1..x.len()).filter(|a| *a != tokens) {
             r.barrier((Slot::In(0), axis), "a rotation of unknown width");
@@ -89,12 +102,12 @@ fn rotary_axes(cx: &AxesCx<'_>) -> Relations {
         r.select(x_width, (rest, 1), (l.rotated..l.width).collect(), 0);
         r.select((rest, 1), y_width, (0..l.width - l.rotated).collect(), l.rotated);
     }
-    for slot in [Slot::In(1), Slot::In(2)] {
+    for slot in [tables.cos, tables.sin] {
         table_axes(cx, r, slot, pair, &l);
     }
-    if let [batch, n] = cx.shape(Slot::In(3)) {
-        relate(r, ((Slot::In(3), 0), batch), &[(y, 0)], &x[0]);
-        relate(r, ((Slot::In(3), 1), n), &[(y, tokens)], &x[tokens]);
+    if let [batch, n] = cx.shape(tables.positions) {
+        relate(r, ((tables.positions, 0), batch), &[(y, 0)], &x[0]);
+        relate(r, ((tables.positions, 1), n), &[(y, tokens)], &x[tokens]);
     }
     relations
 }
@@ -114,8 +127,8 @@ fn rotated_axes(relations: &mut Relations, (x, y): (At, At), head: At, l: &Layou
     let half = l.rotated / 2;
     let size = |n: usize| vec![l.heads.clone(), Dim::from(n)];
     if l.interleaved {
-        // (pairs, 2) of the first R positions; the two of a pair stay together because the factor of 2 is never cut.
-        let mut pairs = Vec::new();
+        // (pairs, 2) of the first R positions, and each of the two by itself.
+        let mut pair = None;
         for (axis, reads) in [(x, true), (y, false)] {
             let mut whole = axis;
             if l.rotated < l.width {
@@ -127,11 +140,21 @@ fn rotated_axes(relations: &mut Relations, (x, y): (At, At), head: At, l: &Layou
             }
             let v = relations.virtual_value(vec![Dim::from(half), Dim::from(2i64)]);
             relations.regroup((whole.0, vec![whole.1]), (v, vec![0, 1]));
-            relations.barrier((v, 1), "the two positions of a rotation");
-            pairs.push((v, 0));
+            for place in 0..2 {
+                let one = relations.virtual_value(vec![Dim::from(half), Dim::from(1i64)]);
+                relations.same((v, 0), (one, 0));
+                if reads {
+                    relations.select((v, 1), (one, 1), vec![place], 0);
+                } else {
+                    relations.select((one, 1), (v, 1), vec![0], place);
+                }
+                match pair {
+                    Some(first) => relations.same((one, 0), first),
+                    None => pair = Some((one, 0)),
+                }
+            }
         }
-        relations.same(pairs[0], pairs[1]);
-        return pairs[0];
+        return pair.unwrap_or(x);
     }
     let parts = [0, half].map(|start| {
         let part = relations.virtual_value(size(half));
@@ -160,7 +183,7 @@ fn table_axes(cx: &AxesCx<'_>, relations: &mut Relations, slot: Slot, pair: At, 
 }
 
 /// Head count and rotated width follow the cut. Heads keep the same positions, so the first that remains speaks for all.
-fn rotary_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+pub(crate) fn rotary_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     let before = cx.node().attr_int("num_heads");
     let rotated = cx.node().attr_int("rotary_embedding_dim").unwrap_or(0);
     let Some(left) = remains(cx, 0, before)? else { return Ok(()) };
@@ -307,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_a_factor_of_two() {
+    fn neighbours_are_cut_together() {
         let attrs = ints(&[("interleaved", 1), ("num_heads", 2), ("rotary_embedding_dim", 4)]);
         let g = graph("RotaryEmbedding", 23, &["b n 12", "50 2", "50 2", "b n"], attrs, 1);
         let expected = [
@@ -319,18 +342,26 @@ mod tests {
             "v2.0=v0.0",
             "v0.1[0..=3]>v2.1@0",
             "v2.1~v3.0,v3.1",
-            "!v3.1",
-            "v4.0=v0.0",
-            "v4.1[0..=3]>v1.1@0",
-            "v4.1~v5.0,v5.1",
-            "!v5.1",
+            "v3.0=v4.0",
+            "v3.1[0..=0]>v4.1@0",
             "v3.0=v5.0",
+            "v3.1[1..=1]>v5.1@0",
+            "v5.0=v4.0",
             "v6.0=v0.0",
-            "v0.1[4..=5]>v6.1@0",
-            "v6.1[0..=1]>v1.1@4",
-            "in1.1=v3.0",
+            "v6.1[0..=3]>v1.1@0",
+            "v6.1~v7.0,v7.1",
+            "v7.0=v8.0",
+            "v8.1[0..=0]>v7.1@0",
+            "v8.0=v4.0",
+            "v7.0=v9.0",
+            "v9.1[0..=0]>v7.1@1",
+            "v9.0=v4.0",
+            "v10.0=v0.0",
+            "v0.1[4..=5]>v10.1@0",
+            "v10.1[0..=1]>v1.1@4",
+            "in1.1=v4.0",
             "!in1.0",
-            "in2.1=v3.0",
+            "in2.1=v4.0",
             "!in2.0",
             "in3.0=out0.0",
             "in3.1=out0.1",
