@@ -94,7 +94,6 @@ fn layers_behind_a_merged_bias_keep_different_numbers_of_units() {
     }
 }
 
-<<<<<<< HEAD
 /// Groups of attention and MLPs, in words: `qk 0: 3 x 16`, `mlp 0: 96`.
 fn in_words(anatomy: &Anatomy) -> Vec<String> {
     let groups = anatomy.groups.iter().filter(|g| !matches!(g.kind, Kind::Token | Kind::Channel));
@@ -278,7 +277,8 @@ fn one_network_of_the_corpus_has_one_anatomy_whoever_exported_it() {
     println!("{} networks: {whole} models have their anatomy whole, {partial} less what they refuse", snapshots.len());
     assert!(faults.is_empty(), "{} models differ from their network:\n{}", faults.len(), faults.join("\n"));
     assert!(whole > 2 * partial, "{whole} whole, {partial} in part");
-=======
+}
+
 #[test]
 fn a_weight_behind_identities_is_one_weight() {
     // What a parallel block of CoaT looks like: one MLP is used twice, each time through copies of its weights.
@@ -316,5 +316,4 @@ fn layers_that_share_weights_are_cut_alike() {
     let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).unwrap();
     let cut: Vec<&str> = sliced.cuts.iter().map(|c| c.initializer.as_str()).collect();
     assert!(sliced.cloned.is_empty() && ["w1.0", "w2.0", "b0", "b1"].iter().all(|name| cut.contains(name)), "{cut:?}");
->>>>>>> main
 }

@@ -76,46 +76,24 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     rest.sort_unstable();
     for (at, class) in rest {
         let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
-<<<<<<< HEAD
-=======
         // Counted below, where it is known which of them are groups.
->>>>>>> main
         found.push((kind, 0, class, at));
     }
     let layers: Vec<_> = attention.iter().map(|a| (a.logits.first().copied().unwrap_or(a.softmax), a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
-<<<<<<< HEAD
-    let (mut mlps, mut channels) = (0, 0);
-=======
     let mut counted: BTreeMap<Kind, usize> = BTreeMap::new();
->>>>>>> main
     for (kind, layer, class, _) in found {
         match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
             None => {
-<<<<<<< HEAD
-                // Only what can be cut is counted, so that what an exporter adds elsewhere does not move the numbers.
-                let counter = match kind {
-                    Kind::Mlp => Some(&mut mlps),
-                    Kind::Channel => Some(&mut channels),
-                    Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => None,
-                };
-                let number = counter.as_ref().map_or(layer, |n| **n);
-                let Some(group) = group::build(graph, facts, &anatomy.axes, kind, number, class) else { continue };
-                anatomy.groups.push(group);
-                if let Some(n) = counter {
-                    *n += 1;
-                }
-=======
                 let count = counted.entry(kind).or_insert(0);
                 let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { *count } else { layer };
                 let group = group::build(graph, facts, &anatomy.axes, kind, layer, class);
                 *count += usize::from(group.is_some());
                 anatomy.groups.extend(group);
->>>>>>> main
             }
         }
     }

@@ -16,7 +16,7 @@ pub(super) fn refusals(graph: &Graph, axes: &Axes) -> Vec<Refusal> {
     let depends = depends_on_data(graph);
     let mut found = Vec::new();
     for (id, node) in graph.nodes() {
-        let is_understood = ops::lookup(node.domain(), node.op()).is_some_and(|r| !matches!(r.axes, ops::Axes::Barrier(_)));
+        let is_understood = ops::rule_of(graph, node).is_some_and(|r| !matches!(r.axes, ops::Axes::Barrier(_)));
         if is_understood {
             continue;
         }
@@ -55,7 +55,7 @@ fn purpose(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> Optio
             return Some(Kind::Qk);
         } else if is_weighted && node.op().contains("Conv") {
             return Some(Kind::Channel);
-        } else if is_weighted && (is_product || ops::lookup(node.domain(), node.op()).is_none()) {
+        } else if is_weighted && (is_product || ops::rule_of(graph, node).is_none()) {
             return Some(Kind::Mlp);
         } else if is_product {
             return Some(if purpose(graph, depends, at) == Some(Kind::Qk) { Kind::Qk } else { Kind::Vo });

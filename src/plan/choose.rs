@@ -170,7 +170,9 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
         rows.push(bundles);
     }
     let round = if limits.round > 1 { limits.round } else { WIDTHS_ROUND };
-    let has_own = limits.layout == Layout::Grouped && group.nest.len() == 1 && group.nest_count() > 1;
+    // Heads that a table for all of them meets, or that share their dims, stay alike.
+    let is_free = group.spread.is_empty() && group.sharers.is_empty() && group.run == 1;
+    let has_own = limits.layout == Layout::Grouped && group.nest.len() == 1 && group.nest_count() > 1 && is_free;
     if let Some(round) = has_own.then_some(if width > round { round } else { 1 }) {
         // Each head keeps its best dims.
         let mut steps: Vec<(Vec<usize>, f64)> = rows
@@ -219,17 +221,12 @@ impl Ladder<'_> {
 
     /// Stored dims per head after `n` steps; their mean, rounded up, where heads have widths of their own.
     fn width_after(&self, n: usize) -> usize {
-<<<<<<< HEAD
         if self.own_widths.is_some() {
             return self.kept(n).len().div_ceil(self.group.nest_count());
         }
-        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
-        self.group.stored.len() - n * per_head
-=======
         let heads = self.group.nest_count() * self.group.sharing();
         let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / heads.max(1));
         self.group.width() - n * per_head
->>>>>>> main
     }
 
     /// Positions of the class that `n` steps take away, per head.
@@ -245,11 +242,7 @@ impl Ladder<'_> {
 
     /// The greatest number of steps up to `n` that leaves a rounded width.
     fn rounded(&self, n: usize, round: usize) -> usize {
-<<<<<<< HEAD
-        if self.own_widths.is_some() || round <= 1 || self.group.stored.len() < round {
-=======
-        if round <= 1 || self.group.width() < round {
->>>>>>> main
+        if self.own_widths.is_some() || round <= 1 || self.group.width() < round {
             return n;
         }
         (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
@@ -270,21 +263,10 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
         if l.steps.is_empty() {
             continue;
         }
-<<<<<<< HEAD
-        // Of heads with widths of their own, as many steps as take one dim of each, or a multiple where widths are rounded.
-        let first = l.own_widths.map_or(1, |round| (round * l.group.nest_count()).min(l.steps.len()));
-        let mut some = vec![0; ladders.len()];
-        some[i] = first;
-        let taken = if l.own_widths.is_some() { l.group.units() - l.kept(first).len() } else { 1 };
-        let after = cost_after(ladders, &some, model);
-        let saved = match (by_macs, whole.macs, after.macs) {
-            (true, Some(a), Some(b)) => a.saturating_sub(b),
-            _ => whole.params.saturating_sub(after.params),
-        } / taken.max(1) as u64;
-=======
         let step = model.first_step(l.group);
         let saved = if by_macs { step.macs.unwrap_or(step.params) } else { step.params };
->>>>>>> main
+        // A step of one head alone saves its share.
+        let saved = if l.own_widths.is_some() { saved / l.group.nest_count().max(1) as u64 } else { saved };
         let mut floor = f64::NEG_INFINITY;
         for (n, (_, score)) in l.steps.iter().enumerate() {
             floor = floor.max(score / saved.max(1) as f64);
@@ -299,11 +281,7 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
     let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
     let sizes: BTreeMap<ClassId, usize> = shortened()
         .filter(|(l, _)| l.group.kind != Kind::Token)
-<<<<<<< HEAD
-        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - l.lost(*n)))
-=======
-        .map(|(l, n)| (l.group.leaf, l.group.class_size() - n * l.group.run))
->>>>>>> main
+        .map(|(l, n)| (l.group.leaf, l.group.class_size() - l.lost(*n) * l.group.run))
         .collect();
     let tokens: BTreeMap<usize, usize> =
         shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();

@@ -245,7 +245,7 @@ impl Plan {
             }
         }
         match self.layout {
-            Layout::Equal | Layout::Drop => self.check_equal(file, anatomy),
+            Layout::Equal | Layout::Drop => self.check_equal(path.display().to_string(), anatomy),
             Layout::Grouped => Ok(()),
         }
     }

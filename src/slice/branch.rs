@@ -7,15 +7,10 @@
 //! Where heads of a layer keep different numbers of dims, no value `[B, H, N, E]` exists either: the nodes from where heads get an axis
 //! of their own to where they lie on a flat one again are copied for each width, and the copies joined there.
 
-<<<<<<< HEAD
 use super::cutset::{CutSet, HeadsOf, Stays};
-use super::heads::{self, Split};
-use super::refit::{RefitCx, RefitError};
-=======
-use super::cutset::{CutSet, Stays};
 use super::refit::{Edit, RefitCx, RefitError};
->>>>>>> main
 use super::shapes::gather;
+use super::widths::{self, Split};
 use super::{Cloned, constants};
 use crate::axes::relation::Slot;
 use crate::axes::{CarrierId, ClassId};
@@ -38,17 +33,13 @@ pub(super) struct Brancher<'a> {
     split: &'a Split,
     /// Patches that copied nodes asked for.
     pub(super) patches: Vec<(Use, Vec<(usize, i64)>)>,
-<<<<<<< HEAD
     /// Constants that copied nodes read a part of.
     pub(super) cloned: Vec<Cloned>,
+    /// Edits of constants that they asked for.
+    pub(super) edits: Vec<(Use, Edit)>,
     made: BTreeMap<(CarrierId, Part), ValueId>,
     /// What stands in the place of values that are blocks again.
     whole: BTreeMap<CarrierId, ValueId>,
-=======
-    /// Edits of constants that they asked for.
-    pub(super) edits: Vec<(Use, Edit)>,
-    made: BTreeMap<(CarrierId, Vec<usize>), ValueId>,
->>>>>>> main
 }
 
 type Cases = BTreeSet<usize>;
@@ -70,12 +61,9 @@ impl<'a> Brancher<'a> {
         ragged: &'a BTreeSet<CarrierId>,
         split: &'a Split,
     ) -> Self {
-<<<<<<< HEAD
-        let (patches, cloned, made, whole) = (Vec::new(), Vec::new(), BTreeMap::new(), BTreeMap::new());
-        Self { graph, original, facts, axes, cut, ragged, split, patches, cloned, made, whole }
-=======
-        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), edits: Vec::new(), made: BTreeMap::new() }
->>>>>>> main
+        let (patches, cloned, edits) = (Vec::new(), Vec::new(), Vec::new());
+        let (made, whole) = (BTreeMap::new(), BTreeMap::new());
+        Self { graph, original, facts, axes, cut, ragged, split, patches, cloned, edits, made, whole }
     }
 
     /// Replaces every value that is a block again behind one that is not.
@@ -244,7 +232,7 @@ impl<'a> Brancher<'a> {
                 self.axes.cases_with(id, carrier, out, &part.cases)
             };
             let of_input = Part { cases, heads: part.heads.filter(|(class, _)| self.has(carrier, *class)) };
-            let is_source = heads::is_source(self.original, self.axes, carrier);
+            let is_source = widths::is_source(self.original, self.axes, carrier);
             let is_all = of_input == self.all_of(carrier, None);
             *input = if is_source && (part.heads.is_some() || !is_all) {
                 Some(self.part_of_constant(id, slot, carrier, &of_input)?)

@@ -101,7 +101,6 @@ pub(super) fn cut(graph: &mut Graph, needs: BTreeMap<ValueId, Vec<(Use, Keeps)>>
     (cuts, cloned)
 }
 
-<<<<<<< HEAD
 /// A copy of a constant without what some reader loses, and what is told of it.
 pub(super) fn copy(graph: &mut Graph, name: &str, tensor: &Tensor, keeps: &Keeps) -> (ValueId, Vec<Cloned>) {
     let copy = graph.add_initializer(&format!("{name}_cut"), take_all(tensor, keeps));
@@ -111,7 +110,8 @@ pub(super) fn copy(graph: &mut Graph, name: &str, tensor: &Tensor, keeps: &Keeps
         Cloned { initializer, axis, user: user.clone(), removed, of }
     });
     (copy, told.collect())
-=======
+}
+
 /// Edits the constant at an input, in place where nothing else reads it.
 ///
 /// What is taken along an axis counts as cut; a constant that is stored anew has no positions to name.
@@ -134,9 +134,8 @@ pub(super) fn edit(graph: &mut Graph, at: Use, edit: &Edit, cuts: &mut Vec<Tenso
     }
     let copy = graph.add_initializer(&format!("{name}_cut"), edited);
     let user = graph.value(copy).name().to_string();
-    cloned.extend(told.map(|TensorCut { initializer, axis, removed, of }| Cloned { initializer, axis, user, removed, of }));
+    cloned.extend(told.map(|TensorCut { initializer, axis, removed, of, .. }| Cloned { initializer, axis, user, removed, of }));
     graph.set_input(at, Some(copy));
->>>>>>> main
 }
 
 fn take_all(tensor: &Tensor, keeps: &Keeps) -> Tensor {

@@ -94,16 +94,12 @@ pub struct CutSet<'a> {
     removals: Vec<Removal<'a>>,
     /// For classes that lose whole positions: the first one that stays.
     stand_in: BTreeMap<ClassId, usize>,
-<<<<<<< HEAD
-    classes: BTreeSet<ClassId>,
-    /// For classes of heads of unlike width: the heads of each width, the widest first.
-    widths: BTreeMap<ClassId, Vec<Vec<usize>>>,
-=======
     /// Numbers of the removals that cut a class.
     of_class: BTreeMap<ClassId, Vec<usize>>,
     /// Numbers of the removals that a use spreads.
     spread: BTreeMap<Use, Vec<usize>>,
->>>>>>> main
+    /// For classes of heads of unlike width: the heads of each width, the widest first.
+    widths: BTreeMap<ClassId, Vec<Vec<usize>>>,
 }
 
 /// The heads of one width: their class, and their number among the widths.
@@ -117,7 +113,7 @@ impl<'a> CutSet<'a> {
         for (id, units) in kept {
             let group = by_id.get(id.as_str()).copied().ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
             let gone = gone_of(group, units)?;
-            let is_pinned = |g: &Group| anatomy.tokens.iter().any(|s| s.layer == g.layer && !s.pinned.is_empty());
+            let is_pinned = |g: &Group| anatomy.tokens.sites.iter().any(|s| s.layer == g.layer && !s.pinned.is_empty());
             if group.kind == Kind::Token && units.is_empty() && !is_pinned(group) {
                 return Err(CutError::NoToken(id.clone()));
             }
@@ -131,20 +127,14 @@ impl<'a> CutSet<'a> {
             let first = (0..size).find(|c| !r.gone.contains(&(0, *c))).unwrap_or(0);
             stand_in.insert(r.group.leaf, first);
         }
-<<<<<<< HEAD
-        let classes = removals.iter().map(|r| r.group.leaf).collect();
-        let mut set = Self { anatomy, removals, stand_in, classes, widths: BTreeMap::new() };
-        set.widths = set.find_widths()?;
-=======
         let mut of_class: BTreeMap<ClassId, Vec<usize>> = BTreeMap::new();
         let mut spread: BTreeMap<Use, Vec<usize>> = BTreeMap::new();
         for (number, r) in removals.iter().enumerate() {
             of_class.entry(r.group.leaf).or_default().push(number);
             r.group.spread.iter().for_each(|at| spread.entry(*at).or_default().push(number));
         }
-        let set = Self { anatomy, removals, stand_in, of_class, spread };
-        set.check_equal()?;
->>>>>>> main
+        let mut set = Self { anatomy, removals, stand_in, of_class, spread, widths: BTreeMap::new() };
+        set.widths = set.find_widths()?;
         Ok(set)
     }
 
@@ -170,6 +160,10 @@ impl<'a> CutSet<'a> {
             let of_class: Vec<&Removal<'_>> =
                 self.removals.iter().filter(|r| r.group.nest.first().is_some_and(|(c, _)| *c == class)).collect();
             let Some(first) = of_class.first() else { continue };
+            if let Some(r) = of_class.iter().find(|r| !r.group.spread.is_empty()) {
+                let why = "a table for all of them, of a rotation, meets them".to_string();
+                return Err(CutError::Apart { group: r.group.id.clone(), why });
+            }
             let mut by_width: BTreeMap<Vec<usize>, Vec<usize>> = BTreeMap::new();
             for head in (0..first.group.nest_count()).filter(|row| !self.row_is_gone(first.group, *row)) {
                 let lost = of_class.iter().map(|r| r.gone.range((head, 0)..(head + 1, 0)).count()).collect();
@@ -240,52 +234,29 @@ impl<'a> CutSet<'a> {
         self.removals.iter().flat_map(members).collect()
     }
 
-<<<<<<< HEAD
-    /// Which positions of a region are removed; of a class of heads, all that are not of `heads`.
-    fn gone_in(&self, region: &Region, heads: Option<HeadsOf>) -> Vec<bool> {
+    /// Which positions of a region of a carrier are removed; of a class of heads, all that are not of `heads`.
+    fn gone_in(&self, carrier: CarrierId, region: &Region, heads: Option<HeadsOf>) -> Vec<bool> {
         let of_width = heads.and_then(|(class, n)| Some((class, self.widths.get(&class)?.get(n)?)));
         let mut gone = vec![false; region.positions.len()];
         if let Some((class, list)) = of_width {
-            let inner = |k: usize| region.factors[k + 1..].iter().map(|(_, n)| n).product::<usize>();
-            if let Some(k) = region.factors.iter().position(|(c, _)| *c == class) {
-                let (inner, size) = (inner(k), region.factors[k].1);
-                gone.iter_mut().enumerate().for_each(|(at, gone)| *gone = !list.contains(&(at / inner % size)));
+            for (offset, gone) in gone.iter_mut().enumerate() {
+                *gone = region.coordinate(offset, class).is_some_and(|head| !list.contains(&head));
             }
         }
-        let first = |class: &ClassId| match of_width {
-            Some((c, list)) if c == *class => list.first().copied(),
-            _ => self.stand_in.get(class).copied(),
+        let first = |class: ClassId| match of_width {
+            Some((c, list)) if c == class => list.first().copied(),
+            _ => self.stand_in.get(&class).copied(),
         };
-        for r in &self.removals {
-            if !region.factors.iter().any(|(c, _)| *c == r.group.leaf) {
-                continue;
-            }
-            for (offset, gone) in gone.iter_mut().enumerate() {
-                let mut rest = offset;
-                let mut at: BTreeMap<ClassId, usize> = BTreeMap::new();
-                for (class, size) in region.factors.iter().rev() {
-                    at.insert(*class, rest % size);
-                    rest /= size;
-                }
-                let row = r
-                    .group
-                    .nest
-                    .iter()
-                    .fold(0, |row, (class, size)| row * size + at.get(class).copied().or_else(|| first(class)).unwrap_or(0));
-                *gone |= r.gone.contains(&(row, at[&r.group.leaf]));
-=======
-    /// Which positions of a region of a carrier are removed.
-    fn gone_in(&self, carrier: CarrierId, region: &Region) -> Vec<bool> {
-        let mut gone = vec![false; region.positions.len()];
         let classes: BTreeSet<ClassId> = region.factors.iter().map(|(c, _)| *c).collect();
         for r in classes.iter().flat_map(|c| self.of_class(*c)).filter(|r| !r.group.aside.contains(&carrier)) {
             for (offset, gone) in gone.iter_mut().enumerate() {
                 let of = |class| region.coordinate(offset, class);
-                let row = r.group.nest.iter().fold(0, |row, (class, size)| {
-                    row * size + of(*class).or_else(|| self.stand_in.get(class).copied()).unwrap_or(0)
-                });
+                let row = r
+                    .group
+                    .nest
+                    .iter()
+                    .fold(0, |row, (class, size)| row * size + of(*class).or_else(|| first(*class)).unwrap_or(0));
                 *gone |= of(r.group.leaf).is_some_and(|leaf| r.gone.contains(&(row, leaf)));
->>>>>>> main
             }
         }
         gone
@@ -293,18 +264,6 @@ impl<'a> CutSet<'a> {
 
     /// What stays of an axis of a carrier, all cases together.
     pub fn stays(&self, at: AxisOf) -> Stays {
-<<<<<<< HEAD
-        let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
-        let mut ragged = false;
-        let regions = self.anatomy.axes.regions(at);
-        for region in regions.iter().cloned() {
-            let gone = self.gone_in(&region, None);
-            let count = |g: &[bool]| g.iter().filter(|x| **x).count();
-            match patterns.get(&region.positions) {
-                Some(known) => ragged |= count(known) != count(&gone),
-                None => {
-                    patterns.insert(region.positions, gone);
-=======
         let sections = self.anatomy.axes.sections(at);
         if sections.is_empty() {
             let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.of_class.contains_key(c));
@@ -317,7 +276,7 @@ impl<'a> CutSet<'a> {
         for section in &sections {
             let mut kept: Vec<usize> = Vec::new();
             for region in section {
-                let gone = self.gone_in(at.0, region);
+                let gone = self.gone_in(at.0, region, None);
                 lost |= gone.contains(&true);
                 let left = region.positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p);
                 let before = kept.len();
@@ -325,7 +284,6 @@ impl<'a> CutSet<'a> {
                 let count = kept.len() - before;
                 if *counts.entry(&region.positions).or_insert(count) != count {
                     return Stays::Ragged;
->>>>>>> main
                 }
             }
             kept.sort_unstable();
@@ -334,28 +292,11 @@ impl<'a> CutSet<'a> {
                 return Stays::Ragged;
             }
         }
-<<<<<<< HEAD
-        if ragged {
-            return Stays::Ragged;
-        }
-        let symbolic = patterns.is_empty();
-        if symbolic && self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c)) {
-            return Stays::Scaled;
-        }
-        let mut kept: Vec<usize> = Vec::new();
-        let mut lost = false;
-        for (positions, gone) in patterns {
-            lost |= gone.iter().any(|g| *g);
-            kept.extend(positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p));
-        }
-        kept.sort_unstable();
+        let mut kept = first.unwrap_or_default();
         if lost && !self.widths.is_empty() {
-            self.sort_by_width(&regions, &mut kept);
+            self.sort_by_width(&sections[0], &mut kept);
         }
         if lost { Stays::Positions(kept) } else { Stays::Whole }
-=======
-        if lost { Stays::Positions(first.unwrap_or_default()) } else { Stays::Whole }
->>>>>>> main
     }
 
     /// Puts heads of one width beside each other: within each part of the axis, or on the whole of it where parts alternate.
@@ -369,7 +310,7 @@ impl<'a> CutSet<'a> {
                 continue;
             };
             // Parts beside each other are sorted each by itself; parts that alternate within a head go with the head.
-            if in_runs && !region.factors.iter().any(|(c, _)| self.classes.contains(c)) {
+            if in_runs && !region.factors.iter().any(|(c, _)| self.of_class.contains_key(c)) {
                 continue;
             }
             let inner: usize = region.factors[k + 1..].iter().map(|(_, n)| n).product();
@@ -389,20 +330,16 @@ impl<'a> CutSet<'a> {
     /// What stays of an axis of a carrier in one case, and the positions that the case covers; of a class of heads, only `heads`.
     pub fn stays_in_case(&self, at: AxisOf, case: usize, heads: Option<HeadsOf>) -> Option<(Vec<usize>, Vec<usize>)> {
         let region = self.anatomy.axes.region(at, case)?;
-<<<<<<< HEAD
-        let gone = self.gone_in(&region, heads);
-=======
-        let gone = self.gone_in(at.0, &region);
->>>>>>> main
+        let gone = self.gone_in(at.0, &region, heads);
         let kept = region.positions.iter().zip(gone).filter(|(_, g)| !g).map(|(p, _)| *p).collect();
         Some((kept, region.positions))
     }
 
-<<<<<<< HEAD
     /// Whether nothing is left of an axis.
     pub fn is_emptied(&self, at: AxisOf) -> bool {
         matches!(self.stays(at), Stays::Positions(p) if p.is_empty())
-=======
+    }
+
     /// Where constants that hold one value for all heads meet heads that keep different dims.
     pub(super) fn spread(&self) -> BTreeSet<Use> {
         self.spread.keys().copied().collect()
@@ -439,7 +376,6 @@ impl<'a> CutSet<'a> {
 
     fn spread_at(&self, at: Use) -> impl Iterator<Item = &Removal<'a>> {
         self.spread.get(&at).into_iter().flatten().map(|number| &self.removals[*number])
->>>>>>> main
     }
 
     /// Number of cases of a carrier.

@@ -9,15 +9,13 @@
 mod branch;
 mod constants;
 pub mod cutset;
-<<<<<<< HEAD
 mod empty;
-=======
->>>>>>> main
 mod heads;
 pub mod refit;
 mod shapes;
 mod tokens;
 pub mod twin;
+mod widths;
 
 use crate::anatomy::Anatomy;
 use crate::axes::CarrierId;
@@ -41,9 +39,13 @@ pub struct TensorCut {
     pub removed: Vec<usize>,
     /// Size of the axis in the original.
     pub of: usize,
-    /// What stays, in the order of the result: ascending but where heads were sorted by their width.
-    #[serde(skip)]
+    /// What stays, in the order of the result; told as `order` where it is not ascending: where heads were sorted by their width.
+    #[serde(rename = "order", skip_serializing_if = "is_ascending")]
     pub kept: Vec<usize>,
+}
+
+fn is_ascending(kept: &[usize]) -> bool {
+    kept.is_sorted()
 }
 
 /// A copy of a constant that was cut for some of its readers.
@@ -121,7 +123,7 @@ pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analy
     }
     let (facts, found) = analyse(&sliced.graph)?;
     let sites = tokens::find_again(anatomy, &found, &sites)?;
-    let (shorter, cuts, cloned) = tokens::cut(&sliced.graph, &facts, &sites)?;
+    let (shorter, cuts, cloned) = tokens::cut(&sliced.graph, &facts, &found, &sites)?;
     let mut out = Sliced { graph: shorter, nodes: NodeChanges::default(), ..sliced };
     out.add(cuts, cloned);
     out.nodes = node_changes(graph, &out.graph);
@@ -175,19 +177,6 @@ fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
         removed: old.order().iter().filter(|id| !after.contains(id)).map(|id| old.label(*id)).collect(),
         added: new.order().iter().filter(|id| !before.contains(id)).map(|id| new.label(*id)).collect(),
     }
-<<<<<<< HEAD
-=======
-    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, anatomy, &sites)?;
-    let (facts, anatomy) = analyse(&shorter)?;
-    let left: Kept =
-        kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
-    let mut sliced = cut_units(&shorter, &facts, &anatomy, &left)?;
-    cuts.append(&mut sliced.cuts);
-    cloned.append(&mut sliced.cloned);
-    let before: BTreeSet<NodeId> = graph.order().iter().copied().collect();
-    let new = sliced.graph.order().iter().filter(|id| !before.contains(id)).map(|id| sliced.graph.label(*id)).collect();
-    Ok(Sliced { cuts, cloned, nodes: NodeChanges { added: new, ..sliced.nodes }, ..sliced })
->>>>>>> main
 }
 
 /// Facts and anatomy of a graph: what the stages before this one find.
@@ -197,8 +186,8 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let cut = CutSet::new(anatomy, kept)?;
     let stays = stays_of(&cut);
     let ragged: BTreeSet<CarrierId> = stays.iter().filter(|(_, s)| **s == Stays::Ragged).map(|((c, _), _)| *c).collect();
-    let split = heads::split(graph, anatomy, &cut)?;
-    let copied = heads::copied(graph, &split);
+    let split = widths::split(graph, anatomy, &cut)?;
+    let copied = widths::copied(graph, &split);
     let unused = unused_values(graph);
     let keeps_unused = |g: &Graph, v: ValueId| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty();
     let mut needs = constants::needs(graph, &anatomy.axes, &cut, &copied);
@@ -235,14 +224,14 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     }
     let mut cuts = constants::drop_dead(graph, &out, &mut needs);
     shapes::freeze(&mut out, facts, &new_size);
-<<<<<<< HEAD
-    let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged, &copied)?;
+    let (mut patches, mut edits) = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged, &copied)?;
     let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged, &split);
     brancher.run().map_err(|e| match split.values().next() {
         Some(class) => SliceError::Cut(CutError::Apart { group: cut.name_of_heads(*class), why: e.to_string() }),
         None => SliceError::Refit(e),
     })?;
     patches.append(&mut brancher.patches);
+    edits.append(&mut brancher.edits);
     let mut cloned = std::mem::take(&mut brancher.cloned);
     if !split.is_empty() {
         out.sort();
@@ -255,21 +244,10 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     let (own_cuts, own_cloned) = constants::cut(&mut out, needs);
     cuts.extend(own_cuts);
     cloned.extend(own_cloned);
-=======
-    let (mut patches, mut edits) = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
-    let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
-    brancher.run()?;
-    patches.append(&mut brancher.patches);
-    edits.append(&mut brancher.edits);
-    for (at, entries) in patches {
-        shapes::patch(&mut out, facts, at, &entries);
-    }
-    let (mut cuts, mut cloned) = constants::cut(&mut out, needs);
-    for (at, edit) in edits {
+    for (at, edit) in edits.into_iter().filter(|(at, _)| alive.contains(&at.node)) {
         constants::edit(&mut out, at, &edit, &mut cuts, &mut cloned);
     }
     heads::spread(&mut out, graph, &anatomy.axes, &cut);
->>>>>>> main
     out.sort();
     let loose = if is_emptied { empty::settle(&mut out, detached, facts, &cut, &new_shape)? } else { BTreeSet::new() };
     out.sort();
@@ -300,19 +278,12 @@ fn refit_nodes(
     anatomy: &Anatomy,
     stays: &BTreeMap<(CarrierId, usize), Stays>,
     ragged: &BTreeSet<CarrierId>,
-<<<<<<< HEAD
     copied: &BTreeSet<NodeId>,
-) -> Result<Patches, RefitError> {
-    let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
-    let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
-    let mut patches = Vec::new();
-    for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id) && !copied.contains(id)) {
-=======
 ) -> Result<(Patches, Edits), RefitError> {
     let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
+    let alive: BTreeSet<NodeId> = out.order().iter().copied().collect();
     let (mut patches, mut edits) = (Vec::new(), Vec::new());
-    for (id, node) in graph.nodes() {
->>>>>>> main
+    for (id, node) in graph.nodes().filter(|(id, _)| alive.contains(id) && !copied.contains(id)) {
         let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
         let carriers: Vec<(Slot, CarrierId)> = slots
             .filter_map(|s| anatomy.axes.carrier_at(graph, id, s).map(|c| (s, c)))

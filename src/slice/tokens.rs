@@ -30,7 +30,6 @@ pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a Tok
     out
 }
 
-<<<<<<< HEAD
 /// The sites in the graph from which units were cut, by the softmax of their layer. Where a layer has no attention any more, its
 /// tokens go at the next site.
 pub(super) fn find_again<'a>(
@@ -39,11 +38,11 @@ pub(super) fn find_again<'a>(
     sites: &[(&TokenSite, BTreeSet<usize>)],
 ) -> Result<Vec<(&'a TokenSite, BTreeSet<usize>)>, CutError> {
     let softmax = |anatomy: &Anatomy, site: &TokenSite| anatomy.attention.get(site.layer).map(|a| a.softmax);
-    let place = |site: &TokenSite| before.tokens.iter().position(|s| softmax(before, s) == softmax(after, site));
+    let place = |site: &TokenSite| before.tokens.sites.iter().position(|s| softmax(before, s) == softmax(after, site));
     let mut found: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
-    for site in &after.tokens {
+    for site in &after.tokens.sites {
         let Some(at) = place(site) else { continue };
-        let due = sites.iter().rev().find(|(s, _)| before.tokens[..=at].iter().any(|b| b.value == s.value));
+        let due = sites.iter().rev().find(|(s, _)| before.tokens.sites[..=at].iter().any(|b| b.value == s.value));
         let had = found.last().map_or(site.count, |(_, b)| b.len());
         if let Some((_, stays)) = due.filter(|(s, stays)| s.count == site.count && stays.len() < had) {
             found.push((site, stays.clone()));
@@ -56,11 +55,11 @@ pub(super) fn find_again<'a>(
         }
         _ => Ok(found),
     }
-=======
+}
+
 /// The sites alone.
 pub(super) fn sites_of<'a>(sites: &[(&'a TokenSite, BTreeSet<usize>)]) -> Vec<&'a TokenSite> {
     sites.iter().map(|(site, _)| *site).collect()
->>>>>>> main
 }
 
 /// Shortens the sequence at every site that loses tokens.
