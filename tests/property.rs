@@ -1,0 +1,56 @@
+//! Random graphs, pruned at random, against the original with zeros (`property/oracle.rs` says what must hold).
+//!
+//! Graphs come from a seed (`property/case.rs`), are made of blocks (`property/blocks.rs`) and of single steps in any order
+//! (`property/steps.rs`), each spelled at random (`property/net.rs`). `VITRIM_PROPERTY_CASES=10000 cargo test --test property` runs
+//! more of them; `VITRIM_PROPERTY_SEED=42` one alone, and tells what it is made of.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
+
+#[path = "property/blocks.rs"]
+mod blocks;
+#[path = "property/case.rs"]
+mod case;
+mod harness;
+#[path = "property/net.rs"]
+mod net;
+#[path = "property/oracle.rs"]
+mod oracle;
+#[path = "property/steps.rs"]
+mod steps;
+
+use case::Case;
+use harness::has_ort;
+use oracle::{Outcome, check_caught};
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
+}
+
+fn told(case: &Case, error: &str) -> String {
+    format!("seed {} of {:?}: {error}\n  {}", case.seed, case.blocks, case.story.join("\n  "))
+}
+
+#[test]
+fn what_is_sliced_computes_what_the_zeroed_original_does() {
+    if !has_ort() {
+        return;
+    }
+    if let Some(seed) = number("VITRIM_PROPERTY_SEED") {
+        let case = Case::new(seed);
+        println!("{}", told(&case, &format!("{:?}", check_caught(&case))));
+    }
+    let count = number("VITRIM_PROPERTY_CASES").unwrap_or(400);
+    let first = number("VITRIM_PROPERTY_FIRST").unwrap_or(0);
+    let (mut cut, mut failed) = (0, Vec::new());
+    for seed in first..first + count {
+        let case = Case::new(seed);
+        match check_caught(&case) {
+            Ok(Outcome::Nothing) => {}
+            Ok(Outcome::Cut(_)) => cut += 1,
+            Err(error) => failed.push(told(&case, &error)),
+        }
+    }
+    println!("{count} graphs, {cut} with something to cut, {} wrong", failed.len());
+    assert!(failed.is_empty(), "{} of {count} graphs are wrong:\n{}", failed.len(), failed.join("\n"));
+    assert!(3 * cut >= 2 * count, "only {cut} of {count} graphs have something to cut");
+}
