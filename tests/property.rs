@@ -21,6 +21,7 @@ mod steps;
 use case::Case;
 use harness::has_ort;
 use oracle::{Outcome, check_caught};
+use vitrim::graph::{Graph, Node, ValueId};
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
@@ -30,6 +31,23 @@ fn told(case: &Case, error: &str) -> String {
     format!("seed {} of {:?}: {error}\n  {}", case.seed, case.blocks, case.story.join("\n  "))
 }
 
+/// The nodes of a graph, one a line.
+fn listing(graph: &Graph) -> String {
+    let facts = vitrim::infer::facts(graph);
+    let shape = |v: ValueId| match facts.as_ref().ok().and_then(|f| f.shape(v)) {
+        Some(dims) => format!("{dims:?}"),
+        None => "?".into(),
+    };
+    let text = |v: &Option<ValueId>| v.map_or("-".into(), |v| format!("{}{}", graph.value(v).name(), shape(v)));
+    let line = |node: &Node| {
+        let list = |side: &[Option<ValueId>]| side.iter().map(text).collect::<Vec<_>>().join(", ");
+        let attrs: Vec<String> = node.attrs().iter().map(|a| format!("{}={:?}", a.name, a.value)).collect();
+        let attrs = if node.op() == "Constant" { String::new() } else { attrs.join(" ") };
+        format!("{} = {}({}) {attrs}", list(node.outputs()), node.op(), list(node.inputs()))
+    };
+    graph.nodes().map(|(_, node)| line(node)).collect::<Vec<_>>().join("\n")
+}
+
 #[test]
 fn what_is_sliced_computes_what_the_zeroed_original_does() {
     if !has_ort() {
@@ -37,7 +55,8 @@ fn what_is_sliced_computes_what_the_zeroed_original_does() {
     }
     if let Some(seed) = number("VITRIM_PROPERTY_SEED") {
         let case = Case::new(seed);
-        println!("{}", told(&case, &format!("{:?}", check_caught(&case))));
+        println!("{}\n{}", told(&case, &format!("{:?}", check_caught(&case))), listing(&case.graph));
+        return;
     }
     let count = number("VITRIM_PROPERTY_CASES").unwrap_or(400);
     let first = number("VITRIM_PROPERTY_FIRST").unwrap_or(0);

@@ -177,15 +177,16 @@ pub(super) fn number(groups: &mut [Group]) {
     }
 }
 
-/// Classes that stand beside the leaf wherever it occurs, on the same axis in every constant: each of their positions may keep
-/// different dims.
+/// Classes that stand beside the leaf wherever it occurs, on the same axis and outside of it in every constant: each of their
+/// positions may keep different dims. Inside of it (`E x H`) what stays would not be a block of `E' x H` any more.
 fn nest_of(axes: &Axes, leaf: ClassId) -> Vec<(ClassId, usize)> {
     let class = &axes.classes()[leaf];
     let mut common: Option<Vec<(ClassId, usize)>> = None;
     for member in &class.members {
         let at = (member.carrier, member.axis);
         let beside: Vec<(ClassId, usize)> = if axes.carriers()[member.carrier].constant {
-            axes.region(at, member.case).map(|r| r.factors).unwrap_or_default()
+            let factors = axes.region(at, member.case).map(|r| r.factors).unwrap_or_default();
+            factors.into_iter().take_while(|(c, _)| *c != leaf).collect()
         } else {
             let all = axes.classes_in_case(member.carrier, member.case);
             all.into_iter().map(|(_, c)| (c, axes.classes()[c].size.unwrap_or(0))).collect()
