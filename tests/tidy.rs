@@ -17,7 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 ///
 /// In the order of the data flow; `all` is every folder. All stages speak about `graph` and `ops`; the contexts that operator records see (`InferCx`, `AxesCx`,
 /// `GradCx`, `RefitCx`) belong to the stages that ask, so ops and those stages know each other's types. Not stages but tools, and
-/// therefore called by whoever needs them: `onnx` (files), `infer` for who rewrites a graph and must know it again, `data`, `runtime`.
+/// therefore called by whoever needs them: `onnx` (files), `infer` for who rewrites a graph and must know it again, `data`, `runtime`,
+/// `eval` (numbers of class scores).
 const MAY_IMPORT: &[(&str, &str)] = &[
     ("graph", ""),
     ("onnx", "graph"),
@@ -41,7 +42,7 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("search", "graph onnx infer* anatomy* score* supernet autodiff data runtime eval"),
     ("fold", "graph ops infer axes* anatomy* score* plan* slice*"),
     ("compensate", "graph ops onnx infer* axes* anatomy* plan* slice* data runtime"),
-    ("verify", "graph ops onnx infer anatomy* cost* plan* slice* data runtime"),
+    ("verify", "graph ops onnx infer anatomy* cost* plan* slice* data runtime eval"),
     // The one place that calls stages.
     ("pipeline", "all"),
     ("cli", "pipeline onnx data runtime all*"),

@@ -158,6 +158,19 @@ impl Dataset {
         Dataset { shared: Arc::clone(&self.shared), picks: Arc::new(picks) }
     }
 
+    /// Two parts, of which the second has `share` of the samples, at least one and at most 2,000: every n-th, which in folders sorted
+    /// by class takes from each class. Equal data and shares give equal parts; nothing is held out where `share` is 0.
+    ///
+    /// More than 2,000 judging samples cost time and change little: the interval of an accuracy of 80 % is then 1.8 points either way.
+    pub fn hold_out(&self, share: f64) -> (Dataset, Dataset) {
+        const MOST: usize = 2000;
+        let n = self.len();
+        let wanted = ((n as f64 * share).round() as usize).clamp(usize::from(share > 0.0), MOST);
+        let every = n.checked_div(wanted).map_or(usize::MAX, |every| every.max(2));
+        let (held, rest): (Vec<usize>, Vec<usize>) = (0..n).partition(|i| i % every == every - 1);
+        (self.select(&rest), self.select(&held))
+    }
+
     /// One label per sample, where there are labels.
     pub fn labels(&self) -> Option<Vec<i64>> {
         let labels = self.shared.labels.as_ref()?;

@@ -3,8 +3,13 @@
 //! Example: 1,965 of 2,000 digits right are 98.25 % with the interval 97.58 % to 98.74 % (Wilson, 95 %).
 //! In: a session of the model, perhaps one of a reference, and data. Out: [`Evaluation`], numbers only.
 
+mod measure;
+
+pub use measure::{Accuracy, argmax, kl_divergence, wilson};
+
 use crate::data::{self, Array, Batch, BatchOrder, DataError, Dataset};
 use crate::graph::{DeclaredDim, Graph};
+use crate::infer::Facts;
 use crate::runtime::{self, Session};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -37,37 +42,6 @@ pub enum EvalError {
     Interrupted,
 }
 
-/// How many of `n` were right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Accuracy {
-    /// Right ones.
-    pub correct: u64,
-    /// All.
-    pub n: u64,
-}
-
-/// Of the normal distribution, for 95 % between both.
-const Z_95: f64 = 1.959_963_984_540_054;
-
-impl Accuracy {
-    /// `correct / n`; 0 where n is 0.
-    pub fn share(&self) -> f64 {
-        if self.n == 0 { 0.0 } else { self.correct as f64 / self.n as f64 }
-    }
-
-    /// Wilson's interval that holds the true share in 95 % of cases; 0 to 1 where n is 0.
-    pub fn interval(&self) -> (f64, f64) {
-        if self.n == 0 {
-            return (0.0, 1.0);
-        }
-        let (n, p, zz) = (self.n as f64, self.share(), Z_95 * Z_95);
-        let centre = p + zz / (2.0 * n);
-        let half = Z_95 * (p * (1.0 - p) / n + zz / (4.0 * n * n)).sqrt();
-        let scale = 1.0 + zz / n;
-        (((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0))
-    }
-}
-
 /// What was found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
@@ -75,7 +49,8 @@ pub struct Evaluation {
     pub n: u64,
     /// Top-1 against the labels, where there are labels.
     pub accuracy: Option<Accuracy>,
-    /// Mean over samples of KL(reference || model) of the class probabilities, where there is a reference. Unit: nats.
+    /// Mean over samples of KL(reference || model) of the class probabilities, where there is a reference; NaN where an output is
+    /// not finite. Unit: nats.
     pub kl: Option<f64>,
     /// Samples on which model and reference name the same class, where there is a reference.
     pub agreement: Option<Accuracy>,
@@ -143,7 +118,8 @@ pub fn evaluate(
     Ok(Evaluation {
         n,
         accuracy: (right.n > 0).then_some(right),
-        kl: has_reference.then(|| kl / n as f64),
+        // Rounding can leave a sum of zeros slightly negative; `max` would hide NaN.
+        kl: has_reference.then(|| kl / n as f64).map(|kl| if kl < 0.0 { 0.0 } else { kl }),
         agreement: has_reference.then_some(agree),
     })
 }
@@ -152,11 +128,11 @@ pub fn evaluate(
 struct Scores {
     name: String,
     classes: usize,
-    values: Vec<f32>,
+    values: Vec<f64>,
 }
 
 impl Scores {
-    fn rows(&self, count: usize) -> impl Iterator<Item = &[f32]> {
+    fn rows(&self, count: usize) -> impl Iterator<Item = &[f64]> {
         self.values.chunks_exact(self.classes.max(1)).take(count)
     }
 }
@@ -178,7 +154,7 @@ fn class_scores(outputs: Vec<(String, Array)>, wanted: Option<&str>) -> Result<S
             found
         }
     };
-    Ok(Scores { name: found.0.clone(), classes: found.1.dims[1], values: found.1.as_f32() })
+    Ok(Scores { name: found.0.clone(), classes: found.1.dims[1], values: found.1.as_f32().into_iter().map(f64::from).collect() })
 }
 
 /// The batch filled up to `size` with repeats of its first sample.
@@ -189,22 +165,6 @@ fn filled(batch: &Batch, size: usize) -> Vec<(String, Array)> {
         Array::stack(rows.collect()).unwrap_or_else(|| array.clone())
     };
     batch.inputs.iter().map(|(name, array)| (name.clone(), if missing == 0 { array.clone() } else { fill(array) })).collect()
-}
-
-/// Position of the largest; the first where several are.
-fn argmax(row: &[f32]) -> usize {
-    row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, x)| if *x > best.1 { (i, *x) } else { best }).0
-}
-
-fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let most = row.iter().fold(f64::NEG_INFINITY, |a, x| a.max(f64::from(*x)));
-    let sum: f64 = row.iter().map(|x| (f64::from(*x) - most).exp()).sum();
-    row.iter().map(|x| f64::from(*x) - most - sum.ln()).collect()
-}
-
-/// `sum_c p_c (ln p_c - ln q_c)` with p and q the softmax of the rows. Unit: nats.
-pub fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
-    log_softmax(p).iter().zip(log_softmax(q)).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
 
 /// A model's inputs, as data is opened for them. Types that data cannot have are left out.
@@ -223,9 +183,9 @@ pub fn data_inputs(graph: &Graph) -> Vec<data::InputSpec> {
     inputs.collect()
 }
 
-/// The batch that a model is fixed to, if it is: the first size of its first input.
-pub fn fixed_batch(graph: &Graph) -> Option<usize> {
-    data_inputs(graph).first().and_then(|input| input.dims.first().copied().flatten())
+/// The batch that a model is fixed to: the leading size of its first input that has one; `None` where that is a symbol.
+pub fn fixed_batch(graph: &Graph, facts: &Facts) -> Option<usize> {
+    graph.inputs().iter().find_map(|v| facts.shape(*v)?.first())?.size()
 }
 
 #[cfg(test)]
@@ -247,29 +207,6 @@ mod tests {
         fn device(&self) -> &DeviceInUse {
             &self.0
         }
-    }
-
-    #[test]
-    fn wilson_has_its_known_values() {
-        let (low, high) = Accuracy { correct: 1965, n: 2000 }.interval();
-        assert!((low - 0.975_76).abs() < 1e-5 && (high - 0.987_39).abs() < 1e-5, "{low} {high}");
-        assert_eq!(Accuracy { correct: 0, n: 0 }.interval(), (0.0, 1.0));
-        let (low, high) = Accuracy { correct: 10, n: 10 }.interval();
-        assert!((low - 0.722_467).abs() < 1e-6 && (high - 1.0).abs() < 1e-12);
-    }
-
-    #[test]
-    fn divergence_is_zero_for_equals_and_known_for_others() {
-        assert_eq!(kl_divergence(&[1.0, 2.0], &[11.0, 12.0]), 0.0);
-        // p = (1/2, 1/2), q = (1/4, 3/4): ln(2)/2 + ln(2/3)/2.
-        let kl = kl_divergence(&[0.0, 0.0], &[0.0, 3f32.ln()]);
-        assert!((kl - 0.5 * (4.0f64 / 3.0).ln()).abs() < 1e-7, "{kl}");
-    }
-
-    #[test]
-    fn the_first_of_equal_scores_counts_and_nan_never_does() {
-        assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
-        assert_eq!(argmax(&[f32::NAN, 0.0]), 1);
     }
 
     #[test]

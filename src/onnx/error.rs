@@ -202,6 +202,8 @@ pub enum Cause {
     OverwritesInput,
     #[error("the output's directory {directory} does not exist")]
     NoDirectory { directory: String },
+    #[error("standard output is not supported here: give a file, or ./- for a file of that name")]
+    StandardStream,
     #[error("{directory}, where the output should go, is not a directory")]
     NotADirectory { directory: String },
     #[error("the output's directory {directory} cannot be written to: {source}")]
@@ -280,6 +282,7 @@ impl Cause {
             OverwritesInput => "V0171",
             NoDirectory { .. } => "V0172",
             NotADirectory { .. } => "V0173",
+            StandardStream => "V0179",
             DirectoryNotWritable { .. } => "V0174",
             OutputNotRegular => "V0175",
             NoSpace { .. } => "V0176",

@@ -42,6 +42,9 @@ pub fn data_path(path: &Path) -> PathBuf {
 /// Errors: which of these does not hold.
 pub fn check_output(path: &Path, inputs: &[PathBuf], overwrite: Overwrite) -> Result<(), Error> {
     let fail = |cause| Err(Error::new(path, cause));
+    if path == Path::new("-") {
+        return fail(Cause::StandardStream);
+    }
     for output in [path.to_path_buf(), data_path(path)] {
         if inputs.iter().any(|input| is_same_file(&output, input)) {
             return fail(Cause::OverwritesInput);

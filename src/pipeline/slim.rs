@@ -64,6 +64,9 @@ pub struct Slim<'a> {
     pub floors: Floors,
 }
 
+/// Of the data, where no other data judges.
+const JUDGING_SHARE: f64 = 0.1;
+
 /// The images of a job.
 #[derive(Clone)]
 pub struct SlimData {
@@ -78,14 +81,11 @@ pub struct SlimData {
 impl SlimData {
     /// `judge` where it is given; else a tenth of `data`, 2,000 images at most, which then do not train.
     pub fn new(path: &Path, data: Dataset, judge: Option<Dataset>) -> Self {
-        const MOST: usize = 2000;
-        let path = path.to_path_buf();
-        if let Some(judge) = judge {
-            return Self { path, train: data, judge };
-        }
-        let every = (data.len() / (data.len() / 10).clamp(1, MOST)).max(2);
-        let (judge, train): (Vec<usize>, Vec<usize>) = (0..data.len()).partition(|i| i % every == every - 1);
-        Self { path, train: data.select(&train), judge: data.select(&judge) }
+        let (train, judge) = match judge {
+            Some(judge) => (data, judge),
+            None => data.hold_out(JUDGING_SHARE),
+        };
+        Self { path: path.to_path_buf(), train, judge }
     }
 }
 
@@ -219,9 +219,14 @@ impl Slim<'_> {
             step = seconds.get(1..).and_then(|s| s.iter().min().copied());
             let of = |epochs: u32, n: usize| u64::from(epochs) * (n / self.config.batch.max(1)) as u64;
             let tuning = if self.recipe == Recipe::SearchFinetune { self.finetune.epochs } else { 0 };
-            steps = of(self.config.epochs, data.train.len()) + of(tuning, data.train.len());
+            let n = data.train.hold_out(self.held_out()).0.len();
+            steps = of(self.config.epochs, n) + of(tuning, n);
         }
         Ok(Forecast { plan, step, steps, memory: peak_memory() })
+    }
+
+    fn held_out(&self) -> f64 {
+        if self.recipe == Recipe::SearchFinetune { self.finetune.held_out } else { 0.0 }
     }
 
     fn run_search(
@@ -234,6 +239,8 @@ impl Slim<'_> {
         stop: &AtomicBool,
     ) -> Result<Outcome, Error> {
         let (output, library) = (self.output.as_deref(), &self.session.library);
+        // Fine-tuning judges on images that the search must not have seen.
+        let config = &Config { held_out: self.held_out(), ..config.clone() };
         search(self.model, &SearchAsk { data: &data.train, config, run_dir, output, library, resume }, progress, stop)
     }
 

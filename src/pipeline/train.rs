@@ -109,7 +109,7 @@ pub struct EvalAsk<'a> {
 /// Accuracy of a model, and how far it is from another.
 pub fn evaluate(model: &Model, reference: Option<&Model>, ask: &EvalAsk<'_>, stop: &AtomicBool) -> Result<Evaluation, Error> {
     let output = class_output(model, ask.output)?;
-    let fixed = eval::fixed_batch(model.graph());
+    let fixed = eval::fixed_batch(model.graph(), &model.facts);
     let loaders = std::thread::available_parallelism().map_or(1, usize::from);
     let options = EvalOptions { batch: fixed.unwrap_or(ask.batch), is_batch_fixed: fixed.is_some(), loaders, output };
     let open = |graph: &Graph| -> Result<_, Error> { Ok(runtime::open(RuntimeName::Ort, &onnx::to_bytes(graph)?, ask.session)?) };

@@ -45,7 +45,7 @@ pub enum ChooseError {
         reasons: String,
     },
     /// The budget is below what the parts that stay cost.
-    #[error("smallest possible is {smallest:.0} % of {what}; asked for {asked:.0} %")]
+    #[error("smallest possible is {} % of {what}; asked for {} %", percent(*smallest), percent(*asked))]
     Unreachable {
         /// `MACs` or `params`.
         what: &'static str,
@@ -67,6 +67,14 @@ pub enum ChooseError {
         /// Units of the group.
         units: usize,
     },
+}
+
+/// Whole percents from 1 on; below that two digits that are not zero.
+fn percent(x: f64) -> String {
+    match x {
+        x if x >= 1.0 || x <= 0.0 => format!("{x:.0}"),
+        x => format!("{x:.*}", (1.0 - x.log10().floor()) as usize),
+    }
 }
 
 /// The steps of one group: what goes first, one dim of every head at a time.

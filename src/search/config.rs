@@ -95,6 +95,11 @@ pub struct Config {
     pub gates: Vec<Kind>,
     /// Decay of moving averages of gates and weights, which are then the result; left out: none.
     pub ema: Option<f64>,
+    /// Share of the images that do not train: a fine-tuning that follows judges on them (see [`Dataset::hold_out`]), which it could not
+    /// do on images that the search has seen.
+    ///
+    /// [`Dataset::hold_out`]: crate::data::Dataset::hold_out
+    pub held_out: f64,
     /// Decides order and augmentation.
     pub seed: u64,
     /// Images are moved by up to this many pixels.
@@ -140,6 +145,7 @@ impl Default for Config {
             loss: None,
             gates: vec![Kind::Mlp, Kind::Qk, Kind::Vo],
             ema: None,
+            held_out: 0.1,
             seed: 0,
             shift: 0,
             flip: false,
@@ -203,7 +209,7 @@ impl Config {
                 return bad(key, format!("is {value}, expected a number above 0"));
             }
         }
-        let shares = [("warmup", Some(self.warmup)), ("ema", self.ema)];
+        let shares = [("warmup", Some(self.warmup)), ("ema", self.ema), ("held_out", Some(self.held_out))];
         for (key, value) in shares.into_iter().filter_map(|(key, v)| v.map(|v| (key, v))) {
             if !(0.0..1.0).contains(&value) {
                 return bad(key, format!("is {value}, expected at least 0 and below 1"));

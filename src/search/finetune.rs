@@ -60,7 +60,7 @@ pub struct FinetuneConfig {
     pub clip: Option<f64>,
     /// Share of the labels in the targets, 0 to 1; the rest is the teacher's. 0 needs no labels.
     pub label_share: f64,
-    /// Share of the images that judge and do not train; at most 2,000 do.
+    /// Share of the images that judge and do not train, see [`Dataset::hold_out`].
     pub held_out: f64,
     /// Decides order and augmentation.
     pub seed: u64,
@@ -118,9 +118,6 @@ pub struct Finetuned {
     pub is_interrupted: bool,
 }
 
-/// More judging images cost time and change little: the interval of an accuracy of 80 % is then 1.8 points either way.
-const MOST_JUDGES: usize = 2000;
-
 /// Trains the student towards the teacher and gives the best weights.
 ///
 /// Errors: [`SearchError`], among them data that is too small for a step, and a loss that is not finite from the first epoch on.
@@ -132,9 +129,9 @@ pub fn finetune(
     stop: &AtomicBool,
 ) -> Result<Finetuned, SearchError> {
     check(config, data)?;
-    let fixed = eval::fixed_batch(job.student);
+    let fixed = eval::fixed_batch(job.student, job.facts);
     let batch = fixed.unwrap_or(config.batch);
-    let (train, judge) = split(data, config.held_out);
+    let (train, judge) = data.hold_out(config.held_out);
     let of = step_count(train.len(), batch, 1, config.epochs, config.max_steps)?;
     let session = SessionOptions {
         threads: config.threads,
@@ -201,15 +198,6 @@ fn check(config: &FinetuneConfig, data: &Dataset) -> Result<(), SearchError> {
         return Err(SearchError::Unsuitable { what: "label_share is above 0 and the data has no labels".to_string() });
     }
     Ok(())
-}
-
-/// Every n-th image judges, the others train: in folders sorted by class that takes from each class.
-fn split(data: &Dataset, held_out: f64) -> (Dataset, Dataset) {
-    let n = data.len();
-    let judges = ((n as f64 * held_out).round() as usize).clamp(1, MOST_JUDGES);
-    let every = (n / judges).max(2);
-    let (judge, train): (Vec<usize>, Vec<usize>) = (0..n).partition(|i| i % every == every - 1);
-    (data.select(&train), data.select(&judge))
 }
 
 /// Lower KL than the best so far, and where there are labels, not fewer right than what was given.

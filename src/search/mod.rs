@@ -126,6 +126,7 @@ pub fn run(
 ) -> Result<Outcome, SearchError> {
     config.check()?;
     let (config, steps) = decide(job, data, config, progress)?;
+    let (data, _) = &data.hold_out(config.held_out);
     let mut dir = RunDir::open(run_dir, job.resume)?;
     if let Some(warning) = dir.warning.take() {
         progress(Progress::Note(warning));
@@ -160,7 +161,7 @@ fn decide(
     let has_labels = data.labels().is_some();
     let loss = config.loss.unwrap_or(if has_labels { LossChoice::Ce } else { LossChoice::Kd });
     let mut config = config.clone();
-    if let Some(fixed) = eval::fixed_batch(job.graph)
+    if let Some(fixed) = eval::fixed_batch(job.graph, job.facts)
         && fixed != config.batch
     {
         progress(Progress::Note(format!("the model's batch is fixed to {fixed}: batch = {fixed}, not {}", config.batch)));
@@ -171,7 +172,8 @@ fn decide(
     {
         data.check_labels(classes)?;
     }
-    let steps = step_count(data.len(), config.batch, config.accumulate, config.epochs, config.max_steps)?;
+    let (train, _) = data.hold_out(config.held_out);
+    let steps = step_count(train.len(), config.batch, config.accumulate, config.epochs, config.max_steps)?;
     Ok((config.decided(steps, loss), steps))
 }
 
@@ -179,8 +181,10 @@ fn decide(
 pub(crate) fn step_count(n: usize, batch: usize, accumulate: usize, epochs: u32, max: Option<u64>) -> Result<u64, SearchError> {
     let per_epoch = (n / (batch * accumulate).max(1)) as u64;
     if per_epoch == 0 {
-        let what =
-            format!("the data has {n} samples, one step needs {} (batch {batch} x accumulate {accumulate})", batch * accumulate);
+        let what = format!(
+            "the data has {n} samples that train, one step needs {} (batch {batch} x accumulate {accumulate})",
+            batch * accumulate
+        );
         return Err(SearchError::Unsuitable { what });
     }
     let steps = per_epoch * u64::from(epochs);
@@ -512,6 +516,6 @@ mod tests {
         assert_eq!(step_count(8000, 64, 1, 3, None).ok(), Some(375));
         assert_eq!(step_count(8000, 64, 2, 3, None).ok(), Some(186));
         assert_eq!(step_count(8000, 64, 1, 3, Some(10)).ok(), Some(10));
-        assert!(step_count(63, 64, 1, 3, None).is_err_and(|e| e.to_string().contains("63 samples, one step needs 64")));
+        assert!(step_count(63, 64, 1, 3, None).is_err_and(|e| e.to_string().contains("63 samples that train, one step needs 64")));
     }
 }

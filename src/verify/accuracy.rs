@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use crate::data::array::Array;
 use crate::data::{Batch, DataError};
+use crate::eval::{argmax, kl_divergence, wilson};
 use crate::runtime::{Error as RuntimeError, Session};
-use crate::verify::compare::argmax;
 
 /// What OUT must reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -84,28 +84,6 @@ pub enum AccuracyError {
         /// The output asked for, or empty.
         name: String,
     },
-}
-
-/// The 95 % interval of a share `share` of `n` samples. Source: Wilson 1927, with z = 1.96.
-pub fn wilson(share: f64, n: usize) -> [f64; 2] {
-    if n == 0 {
-        return [0.0, 1.0];
-    }
-    let (z, n) = (1.959_963_984_540_054_f64, n as f64);
-    let centre = share + z * z / (2.0 * n);
-    let spread = z * (share * (1.0 - share) / n + z * z / (4.0 * n * n)).sqrt();
-    let scale = 1.0 + z * z / n;
-    [((centre - spread) / scale).max(0.0), ((centre + spread) / scale).min(1.0)]
-}
-
-/// KL(p || q) of the softmax of two rows. Unit: nats.
-pub fn kl(p: &[f64], q: &[f64]) -> f64 {
-    let log_sum = |row: &[f64]| {
-        let top = row.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
-        top + row.iter().map(|x| (x - top).exp()).sum::<f64>().ln()
-    };
-    let (a, b) = (log_sum(p), log_sum(q));
-    p.iter().zip(q).map(|(x, y)| (x - a).exp() * ((x - a) - (y - b))).sum()
 }
 
 /// Sums over samples.
@@ -187,7 +165,7 @@ impl Sums {
         for (i, (p, q)) in samples.enumerate() {
             self.n += 1;
             for (p, q) in p.chunks_exact(a.classes).zip(q.chunks_exact(a.classes)) {
-                self.kl += kl(p, q) / a.rows as f64;
+                self.kl += kl_divergence(p, q) / a.rows as f64;
                 self.agree += f64::from(u8::from(argmax(p) == argmax(q))) / a.rows as f64;
             }
             if let Some(label) = labels.and_then(|l| l.get(i)).filter(|_| a.rows == 1) {
@@ -205,7 +183,7 @@ impl Sums {
         let n = self.n as f64;
         let top1 = (self.labelled > 0 && self.labelled == self.n).then(|| {
             let [before, after] = self.right.map(|r| r as f64 / n);
-            Top1 { before, after, after_ci95: wilson(after, self.n), drop_points: (before - after) * 100.0 }
+            Top1 { before, after, after_ci95: wilson(after, self.n as u64).into(), drop_points: (before - after) * 100.0 }
         });
         let top1_agreement = if self.n > 0 { (self.agree / n).min(1.0) } else { 0.0 };
         let reason = match (&top1, self.is_finite) {
@@ -219,7 +197,7 @@ impl Sums {
             // Rounding can leave a sum of zeros slightly negative.
             kl: self.is_finite.then(|| (self.kl / n).max(0.0)),
             top1_agreement,
-            top1_agreement_ci95: wilson(top1_agreement, self.n),
+            top1_agreement_ci95: wilson(top1_agreement, self.n as u64).into(),
             top1,
             pass: reason.is_none(),
             reason,
@@ -241,23 +219,6 @@ fn below(top1: &Top1, floors: &Floors, n: usize) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_interval_is_that_of_wilson() {
-        // 81 of 263, the first example of Newcombe 1998 (score method without continuity correction).
-        let [low, high] = wilson(81.0 / 263.0, 263);
-        assert!((low - 0.2553).abs() < 1e-4 && (high - 0.3662).abs() < 1e-4, "{low} {high}");
-        assert_eq!(wilson(0.0, 0), [0.0, 1.0]);
-        assert!(wilson(1.0, 10)[1] <= 1.0 && wilson(0.0, 10)[0] == 0.0);
-    }
-
-    #[test]
-    fn kl_is_zero_for_shifted_rows_and_positive_else() {
-        assert!(kl(&[1.0, 2.0, 3.0], &[101.0, 102.0, 103.0]).abs() < 1e-12);
-        // p = (1/2, 1/2), q = (1/4, 3/4): ln 2 - ln 3 / 2 + ... = 0.5 ln(4/3).
-        let found = kl(&[0.0, 0.0], &[0.0, 3f64.ln()]);
-        assert!((found - 0.5 * (4.0f64 / 3.0).ln()).abs() < 1e-12, "{found}");
-    }
 
     fn sums(right: [usize; 2]) -> Sums {
         Sums { n: 100, is_finite: true, labelled: 100, right, agree: 97.0, kl: 1.0 }

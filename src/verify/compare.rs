@@ -4,6 +4,7 @@
 //! by more than that. Invariant: NaN and infinity fail, also where both sides have them at the same place.
 
 use crate::data::array::{Array, ArrayData, ArrayKind};
+use crate::eval::argmax;
 
 /// How one output compares with its reference.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,11 +79,6 @@ pub fn difference(found: &Array, reference: &Array, relative: f64) -> Difference
         None
     };
     Difference { max_abs: Some(max_abs), tolerance, argmax_agree, pass: reason.is_none(), reason }
-}
-
-/// Index of the greatest element, the first of equals.
-pub fn argmax(row: &[f64]) -> usize {
-    row.iter().enumerate().fold(0, |best, (i, x)| if *x > row[best] { i } else { best })
 }
 
 /// Whether another entry wins in `a` than in `b`, where `b`'s winner led it by more than `tolerance`.

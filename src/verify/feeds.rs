@@ -16,6 +16,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use crate::cost::Sizes;
 use crate::data::Batch;
 use crate::data::array::{Array, ArrayData, ArrayKind};
+use crate::eval;
 use crate::graph::{DType, Graph, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::runtime;
@@ -291,19 +292,13 @@ fn candidates(graph: &Graph, symbols: &BTreeSet<String>) -> impl Iterator<Item =
 ///
 /// Inputs that lack a batch axis of their own are not in `batch`. Empty where it holds fewer samples than a fixed batch.
 pub fn of_batch(graph: &Graph, facts: &Facts, batch: &Batch) -> Vec<FeedSet> {
-    let fixed = fixed_batch(graph, facts);
+    let fixed = eval::fixed_batch(graph, facts);
     let sizes = match fixed {
         Some(fixed) => vec![fixed],
         None => BTreeSet::from([1, batch.count.min(BATCHES[1] as usize)]).into_iter().collect(),
     };
     let set = |count: usize| Some(FeedSet { input: InputSource::Data, batch: count, feeds: first_samples(batch, count)? });
     sizes.into_iter().filter_map(set).collect()
-}
-
-/// The batch size that the model insists on: the leading size of its first input that has one; `None` where it is a symbol.
-pub fn fixed_batch(graph: &Graph, facts: &Facts) -> Option<usize> {
-    let leading = graph.inputs().iter().find_map(|v| facts.shape(*v)?.first());
-    leading?.size()
 }
 
 fn first_samples(batch: &Batch, count: usize) -> Option<Feeds> {

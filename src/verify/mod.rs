@@ -18,6 +18,7 @@ pub mod weights;
 use crate::cost::Sizes;
 use crate::data::array::Array;
 use crate::data::{Batch, DataError};
+use crate::eval;
 use crate::graph::Graph;
 use crate::infer::Facts;
 use crate::runtime::{self, Error as RuntimeError, Optimize, RuntimeName, Session, SessionOptions};
@@ -193,7 +194,7 @@ fn accuracy_in(
                 n: 0,
                 kl: None,
                 top1_agreement: 0.0,
-                top1_agreement_ci95: accuracy::wilson(0.0, 0),
+                top1_agreement_ci95: [0.0, 1.0],
                 top1: None,
                 pass: false,
                 reason: Some(reason),
@@ -201,7 +202,7 @@ fn accuracy_in(
             return Ok(none);
         }
     };
-    let fixed = feeds::fixed_batch(subject.graph, subject.facts);
+    let fixed = eval::fixed_batch(subject.graph, subject.facts);
     let sessions: [&mut dyn Session; 2] = [model.as_mut(), out.as_mut()];
     Ok(accuracy::measure(sessions, batches, settings.output.as_deref(), fixed, &settings.floors)?)
 }
