@@ -21,7 +21,9 @@ mod steps;
 use case::Case;
 use harness::has_ort;
 use oracle::{Outcome, check_caught};
+use vitrim::anatomy::{Cut, Group};
 use vitrim::graph::{Graph, Node, ValueId};
+use vitrim::pipeline::analyse;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{variable} is no number")))
@@ -45,7 +47,11 @@ fn listing(graph: &Graph) -> String {
         let attrs = if node.op() == "Constant" { String::new() } else { attrs.join(" ") };
         format!("{} = {}({}) {attrs}", list(node.outputs()), node.op(), list(node.inputs()))
     };
-    graph.nodes().map(|(_, node)| line(node)).collect::<Vec<_>>().join("\n")
+    let nodes: Vec<String> = graph.nodes().map(|(id, node)| format!("{}: {}", graph.label(id), line(node))).collect();
+    let cut = |c: &Cut| format!("{}.{}{}", graph.value(c.value).name(), c.axis, if c.reader.is_some() { "*" } else { "" });
+    let group = |g: &Group| format!("{} nest {:?} stored {:?} cuts {:?}", g.id, g.nest, g.stored, g.cuts.iter().map(cut).collect::<Vec<_>>());
+    let groups: Vec<String> = analyse(graph).map_or(vec![], |(_, a)| a.groups.iter().map(group).collect());
+    [nodes, groups].concat().join("\n")
 }
 
 #[test]

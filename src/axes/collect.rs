@@ -44,6 +44,25 @@ pub(super) enum Relation {
     Select { from: AxisOf, to: AxisOf, index: Vec<usize>, at: usize },
 }
 
+/// The two slots of a node that a relation is between, in order. A value may enter a node twice, and each entry has its own relations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ends {
+    pub(super) node: NodeId,
+    first: Slot,
+    second: Slot,
+}
+
+impl Ends {
+    fn new(node: NodeId, a: Slot, b: Slot) -> Self {
+        Self { node, first: a.min(b), second: a.max(b) }
+    }
+
+    /// The slots.
+    pub(super) fn slots(self) -> [Slot; 2] {
+        [self.first, self.second]
+    }
+}
+
 /// Where a factor is summed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SinkSite {
@@ -69,7 +88,7 @@ pub struct Barrier {
 /// Everything the operators say.
 pub(super) struct Collected {
     pub(super) carriers: Vec<Carrier>,
-    pub(super) relations: Vec<(NodeId, Relation)>,
+    pub(super) relations: Vec<(Ends, Relation)>,
     pub(super) barriers: Vec<(AxisOf, Barrier)>,
     pub(super) sinks: Vec<(AxisOf, SinkSite)>,
     /// Carrier of each input slot of each node.
@@ -217,16 +236,18 @@ impl Collected {
         };
         match link {
             Link::Same(a, b) => {
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (at(a), at(b)) {
                     touched.extend([a, b]);
-                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                    self.relations.push((ends, Relation::Product(vec![a], vec![b])));
                 }
             }
             Link::Contract(a, b) => {
                 let site = SinkSite { node: id, a, b: Some(b) };
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (at(a), at(b)) {
                     touched.extend([a, b]);
-                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                    self.relations.push((ends, Relation::Product(vec![a], vec![b])));
                     self.sinks.push((a, site));
                 }
             }
@@ -237,15 +258,17 @@ impl Collected {
                 }
             }
             Link::Regroup(a, b) => {
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (many(&a), many(&b)) {
                     touched.extend(a.iter().chain(&b).copied());
-                    self.relations.push((id, Relation::Product(a, b)));
+                    self.relations.push((ends, Relation::Product(a, b)));
                 }
             }
             Link::Select { from, to, index, at: offset } => {
+                let ends = Ends::new(id, from.0, to.0);
                 if let (Some(from), Some(to)) = (at(from), at(to)) {
                     touched.extend([from, to]);
-                    self.relations.push((id, Relation::Select { from, to, index, at: offset }));
+                    self.relations.push((ends, Relation::Select { from, to, index, at: offset }));
                 }
             }
             Link::Unread(a) => touched.extend(at(a)),

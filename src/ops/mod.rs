@@ -14,6 +14,8 @@ pub mod matmul;
 pub mod norm;
 pub mod pool;
 #[cfg(test)]
+pub(crate) mod faults;
+#[cfg(test)]
 pub(crate) mod probe;
 pub mod reduce;
 pub mod reshape;
@@ -124,5 +126,9 @@ pub fn all() -> impl Iterator<Item = &'static OpRule> {
 /// The record of an operator. `ai.onnx` and the empty string both mean the default domain.
 pub fn lookup(domain: &str, op: &str) -> Option<&'static OpRule> {
     let domain = if domain == "ai.onnx" { "" } else { domain };
+    #[cfg(test)]
+    if let Some(wrong) = faults::replaced(domain, op) {
+        return Some(wrong);
+    }
     all().find(|r| r.name == op && r.domain == domain)
 }

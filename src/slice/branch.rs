@@ -48,6 +48,11 @@ impl<'a> Brancher<'a> {
         for (id, node) in self.original.nodes() {
             let Some(slot) = (0..node.inputs().len()).find(|s| self.is_ragged(id, Slot::In(*s))) else { continue };
             let input = self.axes.carrier_at(self.graph, id, Slot::In(slot)).expect("found above");
+            if matches!(ops::lookup(node.domain(), node.op()).map(|r| &r.axes), Some(ops::Axes::ShapeOnly)) {
+                let part = self.part(id, slot, input, &Cases::from([0]))?;
+                self.graph.set_input(Use { node: id, slot }, Some(part));
+                continue;
+            }
             for (n, out) in node.outputs().iter().enumerate() {
                 let Some(out) = out.filter(|_| !self.is_ragged(id, Slot::Out(n))) else { continue };
                 let all: Cases = (0..self.axes.case_count(out.index())).collect();

@@ -136,6 +136,8 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
 
     let new_size = |v: ValueId, axis: usize| match stays.get(&(v.index(), axis)) {
         Some(Stays::Positions(p)) => Some(p.len()),
+        // Of a value that is taken apart one part is asked, which has its sizes nowhere but where they are only known at run time.
+        _ if ragged.contains(&v.index()) => facts.shape(v).and_then(|s| s[axis].known()).map(|_| 0),
         _ => None,
     };
     shapes::freeze(&mut out, facts, &new_size);

@@ -3,7 +3,7 @@
 //! A block that is an ordinary one says which constants must be offered to be cut ([`Net::must`]), so that an engine which refuses
 //! everything does not pass.
 
-use super::net::{Net, Size, Val, fixed, int};
+use super::net::{Net, Size, Val, fixed, float, int};
 use super::steps::{batch_norm, chain, constant, conv, itself, slice, split};
 use vitrim::graph::build::attr;
 use vitrim::graph::{AttrValue, ValueId};
@@ -185,6 +185,9 @@ fn attention(net: &mut Net, x: &Val, d: usize) -> Val {
         e: 2 + net.below(4),
         ev: 2 + net.below(4),
     };
+    if net.opset >= 23 && net.one_in(2) {
+        return fused_attention(net, x, &heads, d);
+    }
     let (q, k, v) = projections(net, x, &heads);
     let n = x.n(1);
     let logits = product_of(net, &q, &k, true, n);
@@ -198,6 +201,36 @@ fn attention(net: &mut Net, x: &Val, d: usize) -> Val {
     };
     let p = net.softmax(&logits, logits.rank() - 1);
     let o = product_of(net, &p, &v, false, v.n(v.rank() - 1));
+    merged(net, &o, x, d)
+}
+
+/// One Attention node on `[B, N, H*E]` or `[B, H, N, E]`, whose scale follows from the width unless it is given.
+fn fused_attention(net: &mut Net, x: &Val, h: &Heads, d: usize) -> Val {
+    let hq = h.kv * h.per;
+    net.story.push(format!("Attention of {}x{} heads, widths {} and {}", h.kv, h.per, h.e, h.ev));
+    let parts = [(hq, h.e), (h.kv, h.e), (h.kv, h.ev)].map(|(heads, width)| (net.dense(x, heads * width), heads));
+    let mut attrs = Vec::new();
+    if net.one_in(3) {
+        attrs.push(float("scale", 0.4));
+    }
+    let flat = net.one_in(2);
+    let mut inputs: Vec<ValueId> = Vec::new();
+    for (v, heads) in &parts {
+        inputs.push(if flat { v.id } else { in_heads(net, v, *heads).id });
+    }
+    if net.one_in(3) {
+        let n = x.n(1);
+        inputs.push(net.constant(&[n, n]));
+    }
+    let mut dims = x.dims.clone();
+    if flat {
+        attrs.extend([int("q_num_heads", hq as i64), int("kv_num_heads", h.kv as i64)]);
+        dims[2].n = hq * h.ev;
+        let o = net.op("Attention", &inputs, attrs, dims);
+        return net.dense(&o, d);
+    }
+    let dims: Vec<Size> = [x.dims[0]].into_iter().chain(fixed(&[hq, x.n(1), h.ev])).collect();
+    let o = net.op("Attention", &inputs, attrs, dims);
     merged(net, &o, x, d)
 }
 

@@ -351,7 +351,8 @@ fn normalize(net: &mut Net, v: &Val) -> Option<Val> {
             let (scale, shift) = (net.positive(&[n]), net.constant(&[n]));
             net.op("InstanceNormalization", &[v.id, scale, shift], vec![float("epsilon", 1e-2)], v.dims.clone())
         }
-        5 => net.op("LpNormalization", &[v.id], vec![int("axis", last as i64), int("p", 2)], v.dims.clone()),
+        // ONNX Runtime has it from opset 1 to 21.
+        5 if net.opset <= 21 => net.op("LpNormalization", &[v.id], vec![int("axis", last as i64), int("p", 2)], v.dims.clone()),
         _ => net.layer_norm(v),
     })
 }

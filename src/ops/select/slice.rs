@@ -296,11 +296,12 @@ fn slice_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
         };
         let wanted = kept_positions(cx, &old, kept_in, kept_out)?;
         let size = kept_in.map_or(input[axis].size().unwrap_or(0), <[_]>::len);
-        let new =
-            bounds(&wanted, size, (start, end, step)).ok_or_else(|| cx.error("the kept positions are no run of equal steps"))?;
-        if new.2 != step && cx.node().input(STEP).is_none() {
-            return Err(cx.error("the kept positions need a step, and the node has none"));
-        }
+        let has_step = cx.node().input(STEP).is_some();
+        let new = bounds(&wanted, size, (start, end, step)).filter(|new| new.2 == step || has_step).unwrap_or_else(|| {
+            // No run of equal steps: a Gather takes them, and the Slice all of that.
+            cx.take_input(0, axis, &wanted);
+            (0, i64::MAX, 1)
+        });
         for ((_, list), (old, new)) in patches.iter_mut().zip([(start, new.0), (end, new.1), (step, new.2)]) {
             if old != new {
                 list.push((i, new));
