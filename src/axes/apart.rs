@@ -146,13 +146,13 @@ impl<'a> Apart<'a> {
             nodes.entry(ends.node).or_default().push(*ends);
         }
         nodes.values().all(|all| {
-            let outputs: Vec<Ends> = all.iter().copied().filter(|e| e.slots().iter().any(|s| matches!(s, Slot::Out(_)))).collect();
-            let inside = all.iter().any(|e| e.slots().iter().any(|s| matches!(s, Slot::Virtual(_))));
-            let whole: Vec<&Ends> = outputs.iter().filter(|e| !self.picked.contains(&(**e, c))).collect();
+            // What the operator sees of it, itself or inside; the rest are partners that it is summed with.
+            let is_partner = |s: &Slot| matches!(s, Slot::In(_));
+            let onward: Vec<&Ends> = all.iter().filter(|e| !e.slots().iter().all(is_partner)).collect();
+            let whole: Vec<&Ends> = onward.iter().copied().filter(|e| !self.picked.contains(&(**e, c))).collect();
             match whole[..] {
-                _ if inside || outputs.is_empty() => false,
-                [] => true,
-                [one] => outputs.len() == 1 && self.goes_on(c, *one, tensions, block),
+                [] => !onward.is_empty(),
+                [one] => onward.len() == 1 && self.goes_on(c, *one, tensions, block),
                 _ => false,
             }
         })
@@ -162,8 +162,9 @@ impl<'a> Apart<'a> {
     fn goes_on(&self, c: CarrierId, ends: Ends, tensions: &[(usize, usize)], block: &[bool]) -> bool {
         let Some(equal) = self.equal.get(&(ends, c)) else { return false };
         let on = |f: usize| equal.iter().find(|(x, _)| *x == f).map(|(_, y)| self.home[y]);
+        let is_inside = |c: CarrierId| matches!(self.all.carriers[c].of, Of::Virtual(..));
         tensions.iter().all(|(f, g)| match (on(*f), on(*g)) {
-            (Some(x), Some(y)) => x.1 != y.1 && !block[x.0],
+            (Some(x), Some(y)) => x.1 != y.1 && !block[x.0] && !is_inside(x.0),
             _ => false,
         })
     }

@@ -54,7 +54,8 @@ impl Case {
         net.output(&y);
         net.graph.remove_dead(&|_, _| false);
         net.graph.sort();
-        let Net { graph, must, story, .. } = net;
+        let Net { graph, must, story, ties, .. } = net;
+        let must = if ties { Vec::new() } else { must };
         Self { seed, blocks: blocks.to_vec(), graph, must, story, input: [batch.unwrap_or(3), n, d] }
     }
 

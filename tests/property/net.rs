@@ -75,6 +75,8 @@ pub(crate) struct Net {
     pub(crate) batch: Option<usize>,
     /// Constants that may be used again, with their shapes and how far from 0 they stay.
     pool: Vec<(Vec<usize>, f32, ValueId)>,
+    /// Whether a weight is used twice, which ties what would otherwise be free.
+    pub(crate) ties: bool,
     /// `(constant, axis)`: what must be offered to be cut.
     pub(crate) must: Vec<(ValueId, usize)>,
     /// What was built, for whoever reads a failure.
@@ -86,7 +88,7 @@ impl Net {
         let ir_version = if opset > 20 { 10 } else { 8 };
         let graph = Graph::new(ir_version, vec![(String::new(), opset)], Default::default());
         random.bits();
-        Self { graph, random, opset, batch, pool: Vec::new(), must: Vec::new(), story: Vec::new() }
+        Self { graph, random, opset, batch, pool: Vec::new(), ties: false, must: Vec::new(), story: Vec::new() }
     }
 
     /// A number below `n`.
@@ -203,6 +205,7 @@ impl Net {
     pub(crate) fn weight(&mut self, dims: &[usize], k: usize) -> ValueId {
         let known: Vec<ValueId> = self.pool.iter().filter(|(d, l, _)| d == dims && *l < 0.0).map(|(_, _, v)| *v).collect();
         if !known.is_empty() && self.one_in(8) {
+            self.ties = true;
             return self.pick(&known);
         }
         let reach = 1.7 / (k as f32).sqrt();
