@@ -1,7 +1,7 @@
 //! One search, many budgets: accuracy and KL to the original, after the search alone and after equal fine-tuning, beside the same
 //! budgets from magnitude and random scores, and a dense control with the same training.
 //!
-//! `cargo bench --bench budgets [-- --seeds 3 --epochs 3 --finetune-epochs 2 --out DIR]` prints the table of the README: mean and
+//! `cargo bench --bench budgets [-- --seeds 3 --epochs 3 --finetune-epochs 1 --out DIR]` prints the table of the README: mean and
 //! standard deviation over seeds, on the held-out test digits. Every model is made by the command `vitrim`, as a user would.
 
 #![allow(
@@ -52,7 +52,7 @@ fn settings() -> Settings {
     Settings {
         seeds: value("--seeds", "3").parse().unwrap(),
         epochs: value("--epochs", "3"),
-        finetune_epochs: value("--finetune-epochs", "2"),
+        finetune_epochs: value("--finetune-epochs", "1"),
         out: PathBuf::from(value("--out", "target/budgets")),
     }
 }

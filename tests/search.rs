@@ -95,7 +95,16 @@ impl Digits {
 
 /// Two epochs of six steps; gates move far in few steps.
 fn short() -> Config {
-    Config { epochs: 2, batch: 8, gate_lr: Some(0.02), threads: 1, checkpoint_every: 4, shift: 1, held_out: 0.0, ..Config::default() }
+    Config {
+        epochs: 2,
+        batch: 8,
+        gate_lr: Some(0.02),
+        threads: 1,
+        checkpoint_every: 4,
+        shift: 1,
+        held_out: 0.0,
+        ..Config::default()
+    }
 }
 
 /// What a run left behind, by file.

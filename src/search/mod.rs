@@ -516,6 +516,8 @@ mod tests {
         assert_eq!(step_count(8000, 64, 1, 3, None).ok(), Some(375));
         assert_eq!(step_count(8000, 64, 2, 3, None).ok(), Some(186));
         assert_eq!(step_count(8000, 64, 1, 3, Some(10)).ok(), Some(10));
-        assert!(step_count(63, 64, 1, 3, None).is_err_and(|e| e.to_string().contains("63 samples that train, one step needs 64")));
+        assert!(
+            step_count(63, 64, 1, 3, None).is_err_and(|e| e.to_string().contains("63 samples that train, one step needs 64"))
+        );
     }
 }
