@@ -184,12 +184,12 @@ pub fn group_costs(model: &Model) -> Vec<GroupCost> {
     let none = std::collections::BTreeMap::new();
     let whole = costs.under(&|_| None, &none);
     let one = |g: &anatomy::Group| {
-        let size = g.stored.iter().max().map_or(0, |m| m + 1);
+        let size = g.class_size();
         let (after, units) = if g.kind == Kind::Token {
             (costs.under(&|_| None, &[(g.layer, size - 1)].into()), 1)
         } else {
-            let per_step = g.nest_count() * g.stored.len() / size.max(1);
-            (costs.under(&|c| (c == g.leaf).then_some(size - 1), &none), per_step.max(1))
+            let per_step = g.nest_count() * g.stored.len() * g.run / size.max(1);
+            (costs.under(&|c| (c == g.leaf).then_some(size - g.run), &none), per_step.max(1))
         };
         GroupCost {
             params_per_unit: (whole.params - after.params) / units as u64,

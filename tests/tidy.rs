@@ -27,7 +27,7 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("axes", "graph ops infer*"),
     ("anatomy", "graph ops infer* axes*"),
     ("cost", "graph ops infer* axes* anatomy*"),
-    ("score", "graph infer* axes* anatomy* data* runtime"),
+    ("score", "graph ops infer* axes* anatomy* data* runtime"),
     ("plan", "graph infer* axes* anatomy* cost* score*"),
     // The result is inferred afresh and compared with what the plan says.
     ("slice", "graph ops infer axes* anatomy* plan*"),

@@ -4,7 +4,7 @@ use crate::axes::relation::Slot;
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
-use crate::ops;
+use crate::ops::{self, quantize::operands};
 use std::collections::BTreeSet;
 
 /// One attention layer.
@@ -61,7 +61,12 @@ const PASSED: &[&str] = &[
     "Conv",
     "BatchNormalization",
     "ReduceMax",
+    "DynamicQuantizeLinear",
 ];
+
+/// Those of com.microsoft.
+const PASSED_QUANTIZED: &[&str] =
+    &["QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearWhere", "QLinearSoftmax", "QuantizeLinear", "DequantizeLinear"];
 
 /// Finds all attention layers, from the input on.
 pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<AttentionLayer> {
@@ -70,7 +75,7 @@ pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<Attent
     for (place, (id, node)) in graph.nodes().enumerate() {
         let found = if ops::attention::is_fused_attention(node.domain(), node.op()) {
             vec![fused(graph, axes, id, place)]
-        } else if node.op() == "Softmax" {
+        } else if matches!(node.op(), "Softmax" | "QLinearSoftmax") {
             spelled_out(graph, facts, axes, &depends, id)
         } else {
             vec![]
@@ -131,7 +136,8 @@ fn spelled_out(
         .into_iter()
         .map(|product| {
             let side = |slot| axes.carrier_at(graph, product, Slot::In(slot)).map_or_else(BTreeSet::new, |c| classes_of(axes, c));
-            let (a, b) = (side(0), side(1));
+            let (left, right) = operands(graph.node(product).op());
+            let (a, b) = (side(left), side(right));
             let both = intersection(&a, &b);
             let qk = sinks_at(axes, product, &both);
             // Tokens are around both products too, but the softmax is normalized over them.
@@ -182,7 +188,9 @@ fn sinks_at(axes: &Axes, node: NodeId, candidates: &BTreeSet<ClassId>) -> BTreeS
 fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
     let rank = |slot| node.input(slot).and_then(|v| facts.shape(v)).map_or(0, <[_]>::len);
-    matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul") && rank(0) > 2 && rank(1) > 2
+    let (left, right) = operands(node.op());
+    let multiplies = matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul" | "QLinearMatMul" | "MatMulInteger");
+    multiplies && rank(left) > 2 && rank(right) > 2
 }
 
 /// Whether the node multiplies an activation of rank 4 or more with a small weight: heads mixed before or after the softmax.
@@ -233,5 +241,6 @@ fn products_behind(graph: &Graph, facts: &Facts, depends: &SideMap<ValueId, bool
 
 fn passes(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> bool {
     let node = graph.node(id);
-    (node.domain().is_empty() && PASSED.contains(&node.op())) || mixes_heads(graph, depends, id)
+    let passed = if node.domain().is_empty() { PASSED.contains(&node.op()) } else { PASSED_QUANTIZED.contains(&node.op()) };
+    passed || mixes_heads(graph, depends, id)
 }

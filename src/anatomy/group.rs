@@ -87,6 +87,8 @@ pub struct Group {
     pub leaf: ClassId,
     /// Coordinate in the class of each stored dim of one head: `0, 1, ..` unless dims go together.
     pub stored: Vec<usize>,
+    /// Coordinates of the class that stay or go together, because a weight stores them in blocks: `n * run` to `n * run + run - 1`.
+    pub run: usize,
     /// Heads of the layer, for `qk` and `vo`.
     pub heads: Option<usize>,
     /// Where gates enter.
@@ -109,8 +111,13 @@ impl Group {
     /// Units that stay or go together with `unit`, itself included.
     pub fn bundle(&self, unit: usize) -> Vec<usize> {
         let width = self.stored.len();
-        let (head, coordinate) = (unit / width, self.stored[unit % width]);
-        (0..width).filter(|s| self.stored[*s] == coordinate).map(|s| head * width + s).collect()
+        let (head, run) = (unit / width, self.stored[unit % width] / self.run);
+        (0..width).filter(|s| self.stored[*s] / self.run == run).map(|s| head * width + s).collect()
+    }
+
+    /// Number of positions of the class.
+    pub fn class_size(&self) -> usize {
+        self.stored.iter().max().map_or(0, |m| m + 1)
     }
 
     /// Whether the group's removed units, as `removed[nest coordinate][leaf coordinate]`, hit a position with these factors.
@@ -141,7 +148,7 @@ pub(super) fn build(graph: &Graph, facts: &Facts, axes: &Axes, kind: Kind, layer
         Kind::Head | Kind::Mlp | Kind::Channel | Kind::Token => None,
     };
     let mut group =
-        Group { id: String::new(), kind, layer, nest, leaf, stored, heads, sites: Vec::new(), cuts: cuts_of(axes, leaf) };
+        Group { id: String::new(), kind, layer, nest, leaf, stored, run: class.run, heads, sites: Vec::new(), cuts: cuts_of(axes, leaf) };
     for sink in &class.sinks {
         let site = site_of(graph, facts, axes, &group, sink.node, sink.a.0, sink.b.map(|b| b.0))?;
         if !group.sites.contains(&site) {
@@ -160,6 +167,7 @@ pub(super) fn of_tokens(site: &super::TokenSite) -> Group {
         nest: Vec::new(),
         leaf: ClassId::MAX,
         stored: (0..site.count).collect(),
+        run: 1,
         heads: None,
         sites: Vec::new(),
         cuts: Vec::new(),

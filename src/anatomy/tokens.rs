@@ -5,7 +5,7 @@
 //! distillation, registers). The walk below carries, for each axis that holds tokens, which token stands at each position.
 
 use crate::axes::depends_on_data;
-use crate::axes::relation::{At, AxesCx, Link, Relations, Slot};
+use crate::axes::relation::{At, AxesCx, Blocks, Link, Relations, Slot};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops;
@@ -61,6 +61,8 @@ const KEEPS_ZERO: &[&str] = &[
     "Gather",
     "Concat",
     "Relu",
+    "QuantizeLinear",
+    "DequantizeLinear",
 ];
 
 /// What a walk found, or the reason why the site is not legal.
@@ -291,6 +293,10 @@ impl Walker<'_> {
             }
             Link::Sum(a) if tags.contains_key(a) => Err(format!("{} sums over tokens", self.graph.label(id))),
             Link::Sum(_) | Link::Unread(_) => Ok(()),
+            Link::Vanish(a, reason) | Link::Blocks(a, Blocks { else_barrier: Some(reason), .. }) if tags.contains_key(a) => {
+                Err(format!("{}: {reason}", self.graph.label(id)))
+            }
+            Link::Vanish(..) | Link::Blocks(..) => Ok(()),
             Link::Regroup(a, b) => self.regroup(site, id, a, b, tags),
             Link::Select { from, to, index, at } => self.select(site, id, *from, *to, index, *at, tags),
             Link::Barrier(a, reason) if tags.contains_key(a) => self.barrier(site, id, *a, reason),

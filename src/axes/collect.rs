@@ -3,7 +3,7 @@
 //! A constant that several nodes combine with data is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are.
 
-use crate::axes::relation::{AxesCx, Link, Relations, Slot};
+use crate::axes::relation::{AxesCx, Blocks, Link, Relations, Slot};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, Axes as AxesRule};
@@ -91,6 +91,10 @@ pub(super) struct Collected {
     pub(super) relations: Vec<(Ends, Relation)>,
     pub(super) barriers: Vec<(AxisOf, Barrier)>,
     pub(super) sinks: Vec<(AxisOf, SinkSite)>,
+    /// Axes that are stored in blocks.
+    pub(super) blocks: Vec<(AxisOf, NodeId, Blocks)>,
+    /// Axes whose removed positions must hold zero, with the barrier that they are otherwise.
+    pub(super) vanishing: Vec<(AxisOf, Barrier)>,
     /// Carrier of each input slot of each node.
     pub(super) inputs: SideMap<NodeId, Vec<Option<CarrierId>>>,
     /// First virtual carrier of each node.
@@ -124,6 +128,8 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
         relations: Vec::new(),
         barriers: Vec::new(),
         sinks: Vec::new(),
+        blocks: Vec::new(),
+        vanishing: Vec::new(),
         inputs: SideMap::filled(graph.node_capacity(), Vec::new()),
         virtuals: SideMap::filled(graph.node_capacity(), 0),
     };
@@ -208,7 +214,8 @@ impl Collected {
     fn relations_of(&mut self, graph: &Graph, id: NodeId, relations: Relations) {
         self.virtuals[id] = self.carriers.len();
         for (n, shape) in relations.virtuals.into_iter().enumerate() {
-            self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant: false });
+            let constant = relations.constant_virtuals.contains(&n);
+            self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant });
         }
         let mut touched = std::collections::BTreeSet::new();
         for link in relations.links {
@@ -272,6 +279,11 @@ impl Collected {
                 }
             }
             Link::Unread(a) => touched.extend(at(a)),
+            // What becomes of the positions is for other links to say.
+            Link::Vanish(a, reason) => {
+                self.vanishing.extend(at(a).map(|x| (x, Barrier { node: Some(id), axis: a.1, reason })));
+            }
+            Link::Blocks(a, blocks) => self.blocks.extend(at(a).map(|x| (x, id, blocks))),
             Link::Barrier(a, reason) => {
                 if let Some(x) = at(a) {
                     touched.insert(x);

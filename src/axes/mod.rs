@@ -8,11 +8,13 @@
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
 
 mod apart;
+mod blocks;
 mod collect;
 mod partition;
 mod refine;
 pub mod relation;
 mod unify;
+mod vanish;
 
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
 pub use unify::{Class, ClassId, Member, Region};
@@ -61,7 +63,10 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
     let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
     let with_ends: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
-    let unified = unify::unify(&collected, &partition, &with_ends, &axis_number);
+    let mut unified = unify::unify(&collected, &partition, &with_ends, &axis_number);
+    unified.bar_repeated();
+    blocks::apply(&collected, &mut unified);
+    vanish::apply(graph, &collected, &mut unified);
     Axes { collected, unified }
 }
 

@@ -45,8 +45,23 @@ pub enum Link {
     },
     /// The axis may lose positions unseen: the operator reads only the type or rank of the value.
     Unread(At),
+    /// Positions may be removed only where they hold zero in the twin, the removed units' constants being zeroed there: the operator
+    /// reads the whole value (its range), or has weights for them that cannot be zeroed one by one. Otherwise a barrier, for this reason.
+    Vanish(At, String),
+    /// The axis is stored in blocks, row-major over its factors: positions go in runs of a block.
+    Blocks(At, Blocks),
     /// The axis cannot be cut here.
     Barrier(At, String),
+}
+
+/// What blocks of an axis ask for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Positions that stay or go together.
+    pub size: usize,
+    /// Why the axis cannot be cut where its factors do not fall on blocks; `None` where the node copes with any positions, only better
+    /// with whole blocks.
+    pub else_barrier: Option<String>,
 }
 
 /// All relations of a node.
@@ -56,6 +71,8 @@ pub struct Relations {
     pub links: Vec<Link>,
     /// Shapes of values that the operator computes inside itself.
     pub virtuals: Vec<Vec<Dim>>,
+    /// Which of them are made of constants alone: weights that are packed.
+    pub constant_virtuals: Vec<usize>,
 }
 
 impl Relations {
@@ -74,6 +91,19 @@ impl Relations {
     /// Adds `Unread`.
     pub fn unread(&mut self, a: At) {
         self.links.push(Link::Unread(a));
+    }
+    /// Adds `Vanish`.
+    pub fn vanish(&mut self, a: At, reason: &str) {
+        self.links.push(Link::Vanish(a, reason.to_string()));
+    }
+    /// Adds `Blocks`.
+    pub fn blocks(&mut self, a: At, size: usize, else_barrier: Option<String>) {
+        self.links.push(Link::Blocks(a, Blocks { size, else_barrier }));
+    }
+    /// Adds a virtual value that is made of constants alone.
+    pub fn constant_virtual(&mut self, shape: Vec<Dim>) -> Slot {
+        self.constant_virtuals.push(self.virtuals.len());
+        self.virtual_value(shape)
     }
     /// Adds `Barrier`.
     pub fn barrier(&mut self, a: At, reason: &str) {

@@ -40,6 +40,8 @@ pub struct Class {
     pub sinks: Vec<SinkSite>,
     /// Why it cannot be cut.
     pub barriers: Vec<Barrier>,
+    /// Positions that stay or go together: `n * run` to `n * run + run - 1`. 1 where each is free.
+    pub run: usize,
 }
 
 /// The factors of one axis in one case: the positions of the axis, row-major over the factors, and the class of each factor.
@@ -400,7 +402,7 @@ fn classes_of(
                 for (n, size) in refiner.factors[slot].iter().enumerate() {
                     let root = union.find(first[slot] + n);
                     let class = *numbers.entry(root).or_insert_with(|| {
-                        classes.push(Class { size: size.size(), ..Class::default() });
+                        classes.push(Class { size: size.size(), run: 1, ..Class::default() });
                         classes.len() - 1
                     });
                     of_slot[slot].push((class, size.size()));
@@ -444,6 +446,28 @@ fn classes_of(
 }
 
 impl Unified {
+    /// Puts a barrier on classes that stand twice on one axis (`E x E`, the product of a value with itself laid flat): no position there
+    /// belongs to one unit.
+    pub(super) fn bar_repeated(&mut self) {
+        for carrier in 0..self.shapes.len() {
+            for axis in 0..self.shapes[carrier].len() {
+                for case in 0..self.cases[carrier].count {
+                    let k = &self.cases[carrier];
+                    let locals = k.factors.iter().enumerate().filter(|(_, f)| self.shapes[carrier][axis].contains(f));
+                    let mut on: Vec<ClassId> =
+                        locals.flat_map(|(local, _)| self.of_slot[k.slot(case, local)].iter().map(|(c, _)| *c)).collect();
+                    on.sort_unstable();
+                    for twice in on.windows(2).filter(|w| w[0] == w[1]) {
+                        let barrier = Barrier { node: None, axis, reason: "stands twice on one axis".to_string() };
+                        if !self.classes[twice[0]].barriers.contains(&barrier) {
+                            self.classes[twice[0]].barriers.push(barrier);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// Classes that occur on an axis, in any case.
     pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
         let k = &self.cases[carrier];

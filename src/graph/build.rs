@@ -160,6 +160,16 @@ impl<'a> Builder<'a> {
             self.op(op, &[a], vec![attr("axes", AttrValue::Ints(axes.to_vec()))])
         }
     }
+    /// `a`, of rank `rank`, with one zero behind the last position of `axis` (pads as an input from opset 11 on).
+    pub fn pad_end(&mut self, a: ValueId, rank: usize, axis: usize) -> ValueId {
+        let pads: Vec<i64> = (0..2 * rank).map(|p| i64::from(p == rank + axis)).collect();
+        if self.opset() >= 11 {
+            let pads = self.ints(&pads);
+            self.op("Pad", &[a, pads], vec![])
+        } else {
+            self.op("Pad", &[a], vec![attr("pads", AttrValue::Ints(pads))])
+        }
+    }
     /// `a[starts..ends]` along `axes`.
     pub fn slice(&mut self, a: ValueId, starts: &[i64], ends: &[i64], axes: &[i64]) -> ValueId {
         let (starts, ends, axes) = (self.ints(starts), self.ints(ends), self.ints(axes));

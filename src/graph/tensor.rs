@@ -190,8 +190,18 @@ impl Tensor {
             DType::U16 => all(b, |c| u16::from_le_bytes(c).into()),
             DType::I8 => all(b, |c| i8::from_le_bytes(c).into()),
             DType::U8 | DType::Bool => all(b, |c: [u8; 1]| c[0].into()),
+            DType::U4 | DType::I4 | DType::U2 | DType::I2 => self.packed_ints(),
             _ => return None,
         })
+    }
+
+    /// Elements of 4 or 2 bits, as many as there are.
+    fn packed_ints(&self) -> Vec<i64> {
+        let (bits, signed) = (self.dtype.bits(), matches!(self.dtype, DType::I4 | DType::I2));
+        let (per_byte, range) = (8 / bits, 1i64 << bits);
+        let unsigned = self.bytes.iter().flat_map(|byte| (0..per_byte).map(move |n| i64::from(*byte >> (bits * n)) & (range - 1)));
+        let ints = unsigned.map(|v| if signed && v >= range / 2 { v - range } else { v });
+        ints.take(self.element_count()).collect()
     }
 
     /// Elements as f32, for floating-point types; `None` for others.
@@ -285,6 +295,14 @@ mod tests {
         let t = Tensor::new(DType::U4, vec![2, 3], Bytes::from_static(&[0x21, 0x43, 0x65]));
         let cut = t.take(1, &[0, 2]);
         assert_eq!((cut.dims, &cut.bytes[..]), (vec![2, 2], &[0x31, 0x64][..]));
+    }
+
+    #[test]
+    fn packed_elements_are_integers() {
+        let of = |dtype| Tensor::new(dtype, vec![3], Bytes::from_static(&[0x81, 0x0f])).to_i64s();
+        assert_eq!((of(DType::U4), of(DType::I4)), (Some(vec![1, 8, 15]), Some(vec![1, -8, -1])));
+        let quarter = Tensor::new(DType::I2, vec![4], Bytes::from_static(&[0b11_10_01_00]));
+        assert_eq!(quarter.to_i64s(), Some(vec![0, 1, -2, -1]));
     }
 
     #[test]

@@ -184,7 +184,12 @@ fn parts<'a>(node: &Node, x: Option<&'a [Dim]>, w: Option<&'a [Dim]>) -> Option<
 }
 
 fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let Some((x, w, window)) = parts(cx.node, cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
+    Ok(vec![Fact::new(cx.dtype(0), conv_shape(cx, 1)?)])
+}
+
+/// Shape of the convolution of input 0 with the weight at a slot; `None` where a rank is unknown.
+pub(super) fn conv_shape(cx: &InferCx<'_>, weight: usize) -> Result<Option<Vec<Dim>>, InferError> {
+    let Some((x, w, window)) = parts(cx.node, cx.shape(0), cx.shape(weight)) else { return Ok(None) };
     let window = window.map_err(|e| cx.error(e))?;
     let channels = &w[1] * &Dim::from(group(cx.node));
     if contradict(&x[1], &channels) {
@@ -194,7 +199,7 @@ fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     for axis in 0..window.rank() {
         out.push(window.output(axis, &x[axis + 2]).map_err(|e| cx.error(e))?);
     }
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(Some(out))
 }
 
 /// A channel axis of `g` groups of `inner` channels: the axis itself where `inner` is 1, else a virtual `[g, inner]`.
@@ -207,64 +212,79 @@ fn grouped(relations: &mut Relations, at: At, g: &Dim, inner: &Dim) -> (At, Opti
     ((v, 0), Some((v, 1)))
 }
 
-/// One group: `b |c| .., m |c| .. -> b m ..`. Groups: channels are `(g, c/g)` and `(g, m/g)`, the group is parallel.
-/// Depthwise: `b c .., c 1 .. -> b c ..`.
 fn conv_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
-    let (x, out) = (Slot::In(0), Slot::Out(0));
-    let Some((_, w, Ok(window))) = parts(cx.node, Some(cx.shape(x)), Some(cx.shape(Slot::In(1)))) else { return relations };
+    relate_conv(cx, &mut relations, 1, Some(2));
+    relations
+}
+
+/// One group: `b |c| .., m |c| .. -> b m ..`. Groups: channels are `(g, c/g)` and `(g, m/g)`, the group is parallel.
+/// Depthwise: `b c .., c 1 .. -> b c ..`. The weight is at slot `weight`, the bias at slot `bias`.
+pub(super) fn relate_conv(cx: &AxesCx<'_>, relations: &mut Relations, weight: usize, bias: Option<usize>) {
+    let (x, weight, out) = (Slot::In(0), Slot::In(weight), Slot::Out(0));
+    let Some((_, w, Ok(window))) = parts(cx.node, Some(cx.shape(x)), Some(cx.shape(weight))) else { return };
     let g = Dim::from(group(cx.node));
     relations.same((x, 0), (out, 0));
     if g.is(1) {
-        relations.contract((x, 1), (Slot::In(1), 1));
-        relations.same((Slot::In(1), 0), (out, 1));
+        relations.contract((x, 1), (weight, 1));
+        relations.same((weight, 0), (out, 1));
     } else {
         let per_group = w[0].floor_div(&g);
-        let (x_group, x_inner) = grouped(&mut relations, (x, 1), &g, &w[1]);
-        let (w_group, w_inner) = grouped(&mut relations, (Slot::In(1), 0), &g, &per_group);
-        let (y_group, y_inner) = grouped(&mut relations, (out, 1), &g, &per_group);
+        let (x_group, x_inner) = grouped(relations, (x, 1), &g, &w[1]);
+        let (w_group, w_inner) = grouped(relations, (weight, 0), &g, &per_group);
+        let (y_group, y_inner) = grouped(relations, (out, 1), &g, &per_group);
         relations.same(x_group, w_group);
         relations.same(w_group, y_group);
         if let (Some(a), Some(b)) = (w_inner, y_inner) {
             relations.same(a, b);
         }
         if let Some(inner) = x_inner {
-            relations.contract(inner, (Slot::In(1), 1));
+            relations.contract(inner, (weight, 1));
         }
     }
-    relate_bias_and_kernel(cx, &mut relations, &window);
-    relate_spatial(&mut relations, |a| window.is_pointwise(a), window.rank(), "convolution mixes positions");
-    relations
+    relate_bias_and_kernel(cx, relations, &window, weight, bias.map(Slot::In));
+    relate_spatial(relations, |a| window.is_pointwise(a), window.rank(), "convolution mixes positions");
 }
 
-fn relate_bias_and_kernel(cx: &AxesCx<'_>, relations: &mut Relations, window: &Window) {
-    if cx.has(Slot::In(2)) {
-        relations.same((Slot::In(2), 0), (Slot::Out(0), 1));
+fn relate_bias_and_kernel(cx: &AxesCx<'_>, relations: &mut Relations, window: &Window, weight: Slot, bias: Option<Slot>) {
+    if let Some(bias) = bias.filter(|b| cx.has(*b)) {
+        relations.same((bias, 0), (Slot::Out(0), 1));
     }
     for axis in (0..window.rank()).filter(|a| !window.kernel[*a].is(1)) {
-        relations.barrier((Slot::In(1), axis + 2), "positions of a convolution kernel");
+        relations.barrier((weight, axis + 2), "positions of a convolution kernel");
     }
 }
 
 /// `elements of the output * C/g * kernel positions`
 fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
-    let (w, out) = (cx.inputs.get(1).copied().flatten()?, cx.outputs.first().copied().flatten()?);
+    conv_macs(cx, 1)
+}
+
+/// The same with the weight at a slot.
+pub(super) fn conv_macs(cx: &CostCx<'_>, weight: usize) -> Option<Dim> {
+    let (w, out) = (cx.inputs.get(weight).copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * &w.get(1..)?.iter().product::<Dim>())
 }
 
 /// Groups that remain = input channels that remain / those of one group.
 fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
-    refit_group(cx, cx.kept_input(0, 1).map(<[usize]>::len), cx.old_input(0).get(1).and_then(Dim::size))
+    refit_group(cx, 1, cx.kept_input(0, 1).map(<[usize]>::len), cx.old_input(0).get(1).and_then(Dim::size))
 }
 
-fn refit_group(cx: &mut RefitCx<'_>, kept: Option<usize>, old: Option<usize>) -> Result<(), RefitError> {
+/// Groups from the channels, `kept` of `old`, on the outer side of the groups, and those of one group on axis 1 of the weight.
+pub(super) fn refit_group(
+    cx: &mut RefitCx<'_>,
+    weight: usize,
+    kept: Option<usize>,
+    old: Option<usize>,
+) -> Result<(), RefitError> {
     let before = group(cx.node());
-    let kept_inner = cx.kept_input(1, 1).map(<[usize]>::len);
+    let kept_inner = cx.kept_input(weight, 1).map(<[usize]>::len);
     if before == 1 || (kept.is_none() && kept_inner.is_none()) {
         return Ok(());
     }
     let channels = kept.or(old);
-    let inner = kept_inner.or_else(|| cx.old_input(1).get(1).and_then(Dim::size));
+    let inner = kept_inner.or_else(|| cx.old_input(weight).get(1).and_then(Dim::size));
     let (Some(channels), Some(inner)) = (channels, inner) else { return Err(cx.error("the number of channels is not known")) };
     if inner == 0 || channels % inner != 0 {
         return Err(cx.error(format!("{channels} channels in groups of {inner}")));

@@ -60,7 +60,12 @@ fn split(shape: &[Dim]) -> (&[Dim], &[Dim]) {
 }
 
 fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
+    Ok(vec![Fact::new(cx.dtype(0), product_shape(cx, 0, 1)?)])
+}
+
+/// Shape of the product of the operands at two slots; `None` where a rank is unknown.
+pub(super) fn product_shape(cx: &InferCx<'_>, a: usize, b: usize) -> Result<Option<Vec<Dim>>, InferError> {
+    let (Some(a), Some(b)) = (cx.shape(a), cx.shape(b)) else { return Ok(None) };
     if a.is_empty() || b.is_empty() {
         return Err(cx.error("a scalar operand"));
     }
@@ -78,32 +83,37 @@ fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     }
     out.extend(last_a[..last_a.len() - 1].iter().cloned());
     out.extend(last_b[1..].iter().cloned());
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(Some(out))
 }
 
-/// `..b m |k|, ..b |k| n -> ..b m n`
 fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
-    let (a, b, out) = (cx.shape(Slot::In(0)), cx.shape(Slot::In(1)), cx.shape(Slot::Out(0)));
+    relate_product(cx, &mut relations, 0, 1);
+    relations
+}
+
+/// `..b m |k|, ..b |k| n -> ..b m n` for the operands at two slots.
+pub(super) fn relate_product(cx: &AxesCx<'_>, relations: &mut Relations, left: usize, right: usize) {
+    let (left, right) = (Slot::In(left), Slot::In(right));
+    let (a, b, out) = (cx.shape(left), cx.shape(right), cx.shape(Slot::Out(0)));
     if a.is_empty() || b.is_empty() {
-        return relations;
+        return;
     }
     let (rows, columns) = (usize::from(a.len() > 1), usize::from(b.len() > 1));
     let batch = out.len() - rows - columns;
-    for (slot, shape) in [(0, a), (1, b)] {
+    for (slot, shape) in [(left, a), (right, b)] {
         let own = shape.len().saturating_sub(2);
         for (axis, size) in shape.iter().enumerate().take(own) {
-            relate_broadcast(&mut relations, ((Slot::In(slot), axis), size), batch - own + axis, out);
+            relate_broadcast(relations, ((slot, axis), size), batch - own + axis, out);
         }
     }
     if rows == 1 {
-        relations.same((Slot::In(0), a.len() - 2), (Slot::Out(0), batch));
+        relations.same((left, a.len() - 2), (Slot::Out(0), batch));
     }
     if columns == 1 {
-        relations.same((Slot::In(1), b.len() - 1), (Slot::Out(0), batch + rows));
+        relations.same((right, b.len() - 1), (Slot::Out(0), batch + rows));
     }
-    relations.contract((Slot::In(0), a.len() - 1), (Slot::In(1), b.len().saturating_sub(2)));
-    relations
+    relations.contract((left, a.len() - 1), (right, b.len().saturating_sub(2)));
 }
 
 /// Relates an axis of an input to the axis of output 0 that it is broadcast to.
@@ -117,7 +127,7 @@ fn relate_broadcast(relations: &mut Relations, (at, size): (At, &Dim), axis: usi
 }
 
 /// `elements of the output * K`
-fn matmul_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn matmul_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let (input, out) = (cx.inputs.first().copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * input.last()?)
 }
@@ -254,14 +264,19 @@ fn transposed(node: &Node, name: &str) -> bool {
 }
 
 /// Axes of `(M, K)` in A and `(K, N)` in B.
-fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
+pub(super) fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
     let a = if transposed(node, "transA") { (1, 0) } else { (0, 1) };
     let b = if transposed(node, "transB") { (1, 0) } else { (0, 1) };
     (a, b)
 }
 
 fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
-    let (Some(a), Some(b)) = (cx.shape(0), cx.shape(1)) else { return Ok(vec![Fact::new(cx.dtype(0), None)]) };
+    Ok(vec![Fact::new(cx.dtype(0), gemm_shape(cx, 0, 1, 2)?)])
+}
+
+/// Shape of `A' B' + C` for the operands at three slots; `None` where a rank is unknown.
+pub(super) fn gemm_shape(cx: &InferCx<'_>, a: usize, b: usize, c: usize) -> Result<Option<Vec<Dim>>, InferError> {
+    let (Some(a), Some(b)) = (cx.shape(a), cx.shape(b)) else { return Ok(None) };
     if a.len() != 2 || b.len() != 2 {
         return Err(cx.error(format!("operands of rank {} and {}, expected 2", a.len(), b.len())));
     }
@@ -270,30 +285,34 @@ fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
         return Err(cx.error(format!("inner sizes differ: {} of A, {} of B", a[k_a], b[k_b])));
     }
     let out = vec![a[m].clone(), b[n].clone()];
-    if let Some(c) = cx.shape(2) {
+    if let Some(c) = cx.shape(c) {
         let fits = c.len() <= 2 && c.iter().rev().zip(out.iter().rev()).all(|(c, y)| c.is(1) || !contradict(c, y));
         if !fits {
             return Err(cx.error(format!("C of shape {c:?} does not broadcast to {out:?}")));
         }
     }
-    Ok(vec![Fact::new(cx.dtype(0), Some(out))])
+    Ok(Some(out))
 }
 
-/// `m |k|, |k| n, c -> m n`, C being broadcast.
 fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
-    let ((m, k_a), (k_b, n)) = gemm_layout(cx.node);
-    relations.same((Slot::In(0), m), (Slot::Out(0), 0));
-    relations.same((Slot::In(1), n), (Slot::Out(0), 1));
-    relations.contract((Slot::In(0), k_a), (Slot::In(1), k_b));
-    if cx.has(Slot::In(2)) {
-        cx.broadcast(&mut relations, 2);
-    }
+    relate_gemm(cx, &mut relations, 0, 1, 2);
     relations
 }
 
+/// `m |k|, |k| n, c -> m n`, C being broadcast, for the operands at three slots.
+pub(super) fn relate_gemm(cx: &AxesCx<'_>, relations: &mut Relations, a: usize, b: usize, c: usize) {
+    let ((m, k_a), (k_b, n)) = gemm_layout(cx.node);
+    relations.same((Slot::In(a), m), (Slot::Out(0), 0));
+    relations.same((Slot::In(b), n), (Slot::Out(0), 1));
+    relations.contract((Slot::In(a), k_a), (Slot::In(b), k_b));
+    if cx.has(Slot::In(c)) {
+        cx.broadcast(relations, c);
+    }
+}
+
 /// `M * N * K`
-fn gemm_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn gemm_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let (a, out) = (cx.inputs.first().copied().flatten()?, cx.outputs.first().copied().flatten()?);
     Some(&out.iter().product::<Dim>() * a.get(gemm_layout(cx.node).0.1)?)
 }
@@ -404,6 +423,8 @@ pub(super) mod one_node {
                 format!("{}[{first}..={last}]>{}@{start}", at(from), at(to))
             }
             Link::Unread(a) => format!("?{}", at(a)),
+            Link::Vanish(a, _) => format!("0{}", at(a)),
+            Link::Blocks(a, b) => format!("#{}:{}", at(a), b.size),
             Link::Barrier(a, _) => format!("!{}", at(a)),
         };
         relations(g).links.iter().map(text).collect()

@@ -17,11 +17,13 @@ pub mod pool;
 pub(crate) mod faults;
 #[cfg(test)]
 pub(crate) mod probe;
+pub mod quantize;
 pub mod reduce;
 pub mod reshape;
 pub mod select;
 pub mod shape;
 pub mod softmax;
+pub mod zeros;
 
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations};
@@ -116,6 +118,11 @@ static FAMILIES: &[&[OpRule]] = &[
     select::slice::RULES,
     shape::RULES,
     control::RULES,
+    quantize::linear::RULES,
+    quantize::matmul::RULES,
+    quantize::conv::RULES,
+    quantize::pointwise::RULES,
+    quantize::blocks::RULES,
 ];
 
 /// All records.

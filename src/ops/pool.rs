@@ -52,7 +52,7 @@ fn pool_window(node: &Node, rank: usize) -> Result<Window, String> {
     Window::of(node, kernel.iter().map(|k| Dim::from(*k)).collect())
 }
 
-fn pool_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn pool_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let Some(x) = cx.shape(0) else {
         return Ok(vec![Fact::new(cx.dtype(0), None), Fact::new(Some(DType::I64), None)]);
     };
@@ -84,7 +84,7 @@ fn pool_output(window: &Window, axis: usize, input: &Dim, ceil: bool) -> Result<
 }
 
 /// `b c .. -> b c ..`; the indices of MaxPool number positions over all axes, so they are barriers.
-fn pool_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn pool_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let Ok(window) = pool_window(cx.node, cx.shape(Slot::In(0)).len()) else { return relations };
     relations.same((Slot::In(0), 0), (Slot::Out(0), 0));
@@ -99,13 +99,13 @@ fn pool_axes(cx: &AxesCx<'_>) -> Relations {
     relations
 }
 
-fn global_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn global_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let one = |(axis, d): (usize, &Dim)| if axis < 2 { d.clone() } else { Dim::from(1i64) };
     Ok(vec![Fact::new(cx.dtype(0), cx.shape(0).map(|x| x.iter().enumerate().map(one).collect()))])
 }
 
 /// `b c .. -> b c 1 ..`
-fn global_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn global_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     for axis in 0..cx.shape(Slot::In(0)).len() {
         if axis < 2 {

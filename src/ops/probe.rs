@@ -120,6 +120,7 @@ impl Probe {
             facts: &facts,
             kept: &kept,
             patches: Vec::new(),
+            edits: Vec::new(),
         };
         match ops::lookup("", &op).expect("the operator has a record").refit {
             Refit::Nothing => {}
@@ -204,6 +205,8 @@ fn show_link(link: &Link) -> String {
         Link::Contract(a, b) => format!("{} x {}", at(a), at(b)),
         Link::Sum(a) => format!("sum {}", at(a)),
         Link::Unread(a) => format!("{} unread", at(a)),
+        Link::Vanish(a, _) => format!("{} vanishes", at(a)),
+        Link::Blocks(a, b) => format!("{} in blocks of {}", at(a), b.size),
         Link::Regroup((a, x), (b, y)) => format!("{}{x:?} ~ {}{y:?}", slot(a), slot(b)),
         Link::Select { from, to, index, at: first } => format!("{}{index:?} -> {}@{first}", at(from), at(to)),
         Link::Barrier(a, reason) => format!("{} | {reason}", at(a)),

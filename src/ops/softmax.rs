@@ -33,12 +33,12 @@ pub static RULES: &[OpRule] = &[
     },
 ];
 
-fn same_fact(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn same_fact(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     Ok(vec![Fact::new(cx.dtype(0), cx.shape(0).map(<[_]>::to_vec))])
 }
 
 /// Axes that are normalized together.
-fn normalized(node: &Node, opset: i64, rank: usize) -> Vec<usize> {
+pub(super) fn normalized(node: &Node, opset: i64, rank: usize) -> Vec<usize> {
     let default = if opset >= 13 { -1 } else { 1 };
     let Some(axis) = normalize_axis(node.attr_int("axis").unwrap_or(default), rank) else { return (0..rank).collect() };
     if opset >= 13 { vec![axis] } else { (axis..rank).collect() }

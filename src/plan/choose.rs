@@ -207,7 +207,7 @@ fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Co
         .iter()
         .zip(counts)
         .filter(|(l, _)| l.group.kind != Kind::Token)
-        .map(|(l, n)| (l.group.leaf, l.group.stored.iter().max().map_or(0, |m| m + 1) - n))
+        .map(|(l, n)| (l.group.leaf, l.group.class_size() - n * l.group.run))
         .collect();
     let tokens: BTreeMap<usize, usize> = ladders
         .iter()

@@ -4,11 +4,12 @@ use super::Scores;
 use crate::anatomy::{Anatomy, Group, Kind, unit_tags};
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, Id};
+use crate::ops::quantize;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
-/// L2 norm of all weights that go with a unit. Tokens, which have none, get equal scores.
+/// L2 norm of all weights that go with a unit, quantized ones as the floats that they stand for. Tokens, which have none, get equal scores.
 pub fn magnitude(graph: &Graph, anatomy: &Anatomy) -> Scores {
     let groups = anatomy.groups.iter().map(|g| (g.id.clone(), group_magnitude(graph, anatomy, g))).collect();
     Scores { groups, by: "magnitude".into(), model_sha256: String::new() }
@@ -22,7 +23,7 @@ fn group_magnitude(graph: &Graph, anatomy: &Anatomy, group: &Group) -> Vec<f32> 
     let size = group.stored.iter().max().map_or(0, |m| m + 1);
     let mut sums = vec![0f64; group.nest_count() * size];
     for cut in &group.cuts {
-        let Some(values) = graph.constant(cut.value).as_ref().and_then(crate::graph::Tensor::to_f32s) else { continue };
+        let Some(values) = quantize::values::floats(graph, cut.value) else { continue };
         let Some(tensor) = graph.constant(cut.value) else { continue };
         let carrier = match cut.reader {
             Some(at) => anatomy.axes.carrier_at(graph, at.node, Slot::In(at.slot)),

@@ -5,7 +5,7 @@
 //! Reshape and Transpose up to each pick is copied for its part, with 1 in the place of 3.
 
 use super::cutset::{CutSet, Stays};
-use super::refit::{RefitCx, RefitError};
+use super::refit::{Edit, RefitCx, RefitError};
 use super::shapes::gather;
 use crate::axes::CarrierId;
 use crate::axes::relation::Slot;
@@ -26,6 +26,8 @@ pub(super) struct Brancher<'a> {
     pub(super) ragged: &'a BTreeSet<CarrierId>,
     /// Patches that copied nodes asked for.
     pub(super) patches: Vec<(Use, Vec<(usize, i64)>)>,
+    /// Edits of constants that they asked for.
+    pub(super) edits: Vec<(Use, Edit)>,
     made: BTreeMap<(CarrierId, Vec<usize>), ValueId>,
 }
 
@@ -40,7 +42,7 @@ impl<'a> Brancher<'a> {
         cut: &'a CutSet<'a>,
         ragged: &'a BTreeSet<CarrierId>,
     ) -> Self {
-        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), made: BTreeMap::new() }
+        Self { graph, original, facts, axes, cut, ragged, patches: Vec::new(), edits: Vec::new(), made: BTreeMap::new() }
     }
 
     /// Replaces every value that is picked from a ragged one.
@@ -161,10 +163,13 @@ impl<'a> Brancher<'a> {
             facts: self.facts,
             kept: &look,
             patches: Vec::new(),
+            edits: Vec::new(),
         };
         rule(&mut cx)?;
         let patches = std::mem::take(&mut cx.patches);
+        let edits = std::mem::take(&mut cx.edits);
         self.patches.extend(patches.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+        self.edits.extend(edits.into_iter().map(|(slot, edit)| (Use { node: id, slot }, edit)));
         Ok(())
     }
 

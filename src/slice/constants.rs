@@ -1,6 +1,7 @@
 //! Cutting the constants: in place where all readers lose the same, else a copy for the reader that does.
 
 use super::cutset::{CutSet, Stays};
+use super::refit::Edit;
 use super::shapes::gather;
 use super::{Cloned, TensorCut};
 use crate::axes::Axes;
@@ -81,6 +82,32 @@ pub(super) fn cut(graph: &mut Graph, needs: BTreeMap<ValueId, Vec<(Use, Keeps)>>
         }
     }
     (cuts, cloned)
+}
+
+/// Edits the constant at an input, in place where nothing else reads it.
+///
+/// What is taken along an axis counts as cut; a constant that is stored anew has no positions to name.
+pub(super) fn edit(graph: &mut Graph, at: Use, edit: &Edit, cuts: &mut Vec<TensorCut>, cloned: &mut Vec<Cloned>) {
+    let Some((v, tensor)) = graph.node(at.node).input(at.slot).and_then(|v| Some((v, graph.constant(v)?))) else { return };
+    let name = graph.value(v).name().to_string();
+    let edited = match edit {
+        Edit::Take { axis, kept } => tensor.take(*axis, kept),
+        Edit::Repack(repack) => repack(&tensor),
+    };
+    let alone = graph.value(v).users().len() == 1 && !graph.outputs().contains(&v);
+    let told = match edit {
+        Edit::Take { axis, kept } => Some(tensor_cut(&name, &tensor, *axis, kept)),
+        Edit::Repack(_) => None,
+    };
+    if alone {
+        graph.set_constant(v, edited);
+        cuts.extend(told);
+        return;
+    }
+    let copy = graph.add_initializer(&format!("{name}_cut"), edited);
+    let user = graph.value(copy).name().to_string();
+    cloned.extend(told.map(|TensorCut { initializer, axis, removed, of }| Cloned { initializer, axis, user, removed, of }));
+    graph.set_input(at, Some(copy));
 }
 
 fn take_all(tensor: &Tensor, keeps: &Keeps) -> Tensor {

@@ -21,7 +21,7 @@ use crate::graph::{Graph, Id, NodeId, Use, ValueId, check};
 use crate::infer::{self, Facts, InferError};
 use crate::ops::{self, Refit};
 use cutset::{CutError, CutSet, Kept, Stays};
-use refit::{RefitCx, RefitError};
+use refit::{Edit, RefitCx, RefitError};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -141,14 +141,18 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
         _ => None,
     };
     shapes::freeze(&mut out, facts, &new_size);
-    let mut patches = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
+    let (mut patches, mut edits) = refit_nodes(&mut out, graph, facts, anatomy, &stays, &ragged)?;
     let mut brancher = branch::Brancher::new(&mut out, graph, facts, &anatomy.axes, &cut, &ragged);
     brancher.run()?;
     patches.append(&mut brancher.patches);
+    edits.append(&mut brancher.edits);
     for (at, entries) in patches {
         shapes::patch(&mut out, facts, at, &entries);
     }
-    let (cuts, cloned) = constants::cut(&mut out, needs);
+    let (mut cuts, mut cloned) = constants::cut(&mut out, needs);
+    for (at, edit) in edits {
+        constants::edit(&mut out, at, &edit, &mut cuts, &mut cloned);
+    }
     out.sort();
     let removed = out.remove_dead(&|g, v| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty());
     let added = out.order().iter().filter(|id| !before.contains(id)).map(|id| out.label(*id)).collect();
@@ -167,6 +171,7 @@ fn unused_values(graph: &Graph) -> Vec<bool> {
 }
 
 type Patches = Vec<(Use, Vec<(usize, i64)>)>;
+type Edits = Vec<(Use, Edit)>;
 
 /// Lets every node that touches a cut axis follow it.
 fn refit_nodes(
@@ -176,9 +181,9 @@ fn refit_nodes(
     anatomy: &Anatomy,
     stays: &BTreeMap<(CarrierId, usize), Stays>,
     ragged: &BTreeSet<CarrierId>,
-) -> Result<Patches, RefitError> {
+) -> Result<(Patches, Edits), RefitError> {
     let touched: BTreeSet<CarrierId> = stays.keys().map(|(c, _)| *c).collect();
-    let mut patches = Vec::new();
+    let (mut patches, mut edits) = (Vec::new(), Vec::new());
     for (id, node) in graph.nodes() {
         let slots = (0..node.inputs().len()).map(Slot::In).chain((0..node.outputs().len()).map(Slot::Out));
         let carriers: Vec<(Slot, CarrierId)> = slots
@@ -202,12 +207,14 @@ fn refit_nodes(
                 _ => None,
             }
         };
-        let mut cx = RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new() };
+        let mut cx = RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new(), edits: Vec::new() };
         rule(&mut cx)?;
         let found = std::mem::take(&mut cx.patches);
+        let edited = std::mem::take(&mut cx.edits);
         patches.extend(found.into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
+        edits.extend(edited.into_iter().map(|(slot, edit)| (Use { node: id, slot }, edit)));
     }
-    Ok(patches)
+    Ok((patches, edits))
 }
 
 /// The result is a sound graph, and every value that is still there has the shape that the plan says.

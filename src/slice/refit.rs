@@ -1,7 +1,7 @@
 //! What an operator's `refit` rule sees and may do: the node's axes were cut, its attributes and shape constants follow.
 
 use super::shapes::gather;
-use crate::graph::{AttrValue, Graph, Node, NodeId, Use, ValueId};
+use crate::graph::{AttrValue, DType, Graph, Node, NodeId, Tensor, Use, ValueId};
 use crate::infer::{Dim, Facts};
 
 /// Why a node could not follow a cut. Reaching this is a fault of the axis rules: the plan should have been refused.
@@ -14,6 +14,19 @@ pub struct RefitError {
     pub op: String,
     /// What does not fit.
     pub what: String,
+}
+
+/// What becomes of a constant that is not cut by its own axes alone: packed or blocked weights and what belongs to their blocks.
+pub enum Edit {
+    /// These positions of an axis stay.
+    Take {
+        /// The axis.
+        axis: usize,
+        /// Positions, in order.
+        kept: Vec<usize>,
+    },
+    /// Stored anew.
+    Repack(Box<dyn Fn(&Tensor) -> Tensor>),
 }
 
 /// What a `refit` rule sees: the node as it was, with all shapes from before the cut, and what stays of them.
@@ -31,6 +44,8 @@ pub struct RefitCx<'a> {
     pub(crate) kept: &'a dyn Fn(ValueId, usize) -> Option<&'a [usize]>,
     /// Constants that the operator asked to replace: (input slot, new integers where they change).
     pub(crate) patches: Vec<(usize, Vec<(usize, i64)>)>,
+    /// Constants that the operator asked to edit, after they were cut along the axes that the plan cuts.
+    pub(crate) edits: Vec<(usize, Edit)>,
 }
 
 impl<'a> RefitCx<'a> {
@@ -67,6 +82,16 @@ impl<'a> RefitCx<'a> {
     /// Positions that stay of an output's axis; `None` where the axis is whole, empty where its size is only known at run time.
     pub fn kept_output(&self, slot: usize, axis: usize) -> Option<&'a [usize]> {
         (self.kept)(self.node().output(slot)?, axis)
+    }
+
+    /// Element type of input `slot`.
+    pub fn input_dtype(&self, slot: usize) -> Option<DType> {
+        self.facts.get(self.node().input(slot)?).dtype
+    }
+
+    /// Has a constant at an input edited once the plan's cuts are done; only for this node, where others read it.
+    pub fn edit_constant(&mut self, slot: usize, edit: Edit) {
+        self.edits.push((slot, edit));
     }
 
     /// Sets an attribute.

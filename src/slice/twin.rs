@@ -7,8 +7,9 @@ use super::tokens::kept_tokens;
 use super::{Sliced, TensorCut};
 use crate::anatomy::{Anatomy, FIXED};
 use crate::graph::build::Builder;
-use crate::graph::{Graph, Tensor, Use};
+use crate::graph::{Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
+use crate::ops::quantize::values;
 use crate::slice::cutset::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,7 +34,7 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
         let from = edited.contains(name).then(|| sliced.graph.find(name).and_then(|v| sliced.graph.constant(v))).flatten();
         let zeroed = match from {
             Some(small) => spread(&tensor, &small, &of_units),
-            None => of_units.iter().fold(tensor, |t, c| zero(&t, c.axis, &c.removed)),
+            None => without(graph, v, tensor, &of_units),
         };
         out.set_constant(v, zeroed);
     }
@@ -51,16 +52,42 @@ pub fn build(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, slice
 }
 
 /// The tensor with the positions `removed` of `axis` zeroed.
-pub fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
-    let width = tensor.dtype.bits() / 8;
-    let inner = tensor.dims[axis + 1..].iter().product::<usize>() * width;
+fn zero(tensor: &Tensor, axis: usize, removed: &[usize]) -> Tensor {
+    let zeros = Tensor { bytes: vec![0; tensor.dtype.bits().div_ceil(8)].into(), ..tensor.clone() };
+    fill(tensor, axis, removed, &zeros, &|_| 0)
+}
+
+/// What the twin makes of a constant: quantized numbers get their zero point, scales and zero points stay as they are.
+fn without(graph: &Graph, v: ValueId, tensor: Tensor, cuts: &[&TensorCut]) -> Tensor {
+    if values::is_parameter(graph, v) {
+        return tensor;
+    }
+    let zero_point = values::zero_point(graph, v).filter(|z| z.values.dtype == tensor.dtype && !z.values.bytes.is_empty());
+    cuts.iter().fold(tensor, |t, c| match &zero_point {
+        Some(z) => fill(&t, c.axis, &c.removed, &z.values, &|element| z.index(element)),
+        None => zero(&t, c.axis, &c.removed),
+    })
+}
+
+/// The tensor with other elements at the positions `removed` of `axis`: of `values`, which has its type, those that `index` numbers.
+fn fill(tensor: &Tensor, axis: usize, removed: &[usize], values: &Tensor, index: &dyn Fn(usize) -> usize) -> Tensor {
+    let bits = tensor.dtype.bits();
+    let inner = tensor.dims[axis + 1..].iter().product::<usize>();
     let outer: usize = tensor.dims[..axis].iter().product();
     let mut bytes = tensor.bytes.to_vec();
-    for o in 0..outer {
-        for r in removed {
-            let start = (o * tensor.dims[axis] + r) * inner;
-            bytes[start..start + inner].fill(0);
+    let starts = (0..outer).flat_map(|o| removed.iter().map(move |r| (o * tensor.dims[axis] + r) * inner));
+    for element in starts.flat_map(|start| start..start + inner) {
+        let from = index(element);
+        if let Some(width) = (bits >= 8).then_some(bits / 8) {
+            bytes[element * width..(element + 1) * width].copy_from_slice(&values.bytes[from * width..(from + 1) * width]);
+            continue;
         }
+        let per_byte = 8 / bits.max(1);
+        let mask = (1u8 << bits) - 1;
+        let value = (values.bytes[from / per_byte] >> (bits * (from % per_byte))) & mask;
+        let shift = bits * (element % per_byte);
+        let byte = &mut bytes[element / per_byte];
+        *byte = (*byte & !(mask << shift)) | (value << shift);
     }
     Tensor { bytes: bytes.into(), ..tensor.clone() }
 }

@@ -13,6 +13,8 @@ pub struct Tolerance {
     pub relative: f64,
     /// What it is for: `float32`, `float16`, `bfloat16`, `quantized weights`.
     pub number_format: &'static str,
+    /// Whether operators on quantized numbers are in it.
+    pub is_quantized: bool,
 }
 
 /// Operators that compute with quantized weights, beside those whose names start with `QLinear`.
@@ -53,10 +55,8 @@ pub fn tolerance(graph: &Graph) -> Tolerance {
         (types.contains(&DType::BF16), 6e-2, "bfloat16"),
     ];
     let widest = candidates.into_iter().rfind(|(is_there, ..)| *is_there);
-    widest.map_or(Tolerance { relative: 1e-4, number_format: "float32" }, |(_, relative, number_format)| Tolerance {
-        relative,
-        number_format,
-    })
+    let (_, relative, number_format) = widest.unwrap_or((true, 1e-4, "float32"));
+    Tolerance { relative, number_format, is_quantized: quantized }
 }
 
 /// The first node in the path of an output that gives other numbers at each run.

@@ -79,7 +79,7 @@ fn conv_transpose_axes(cx: &AxesCx<'_>) -> Relations {
             relations.same((Slot::In(1), 1), inner);
         }
     }
-    relate_bias_and_kernel(cx, &mut relations, &window);
+    relate_bias_and_kernel(cx, &mut relations, &window, Slot::In(1), Some(Slot::In(2)));
     let whole = |axis: usize| {
         let size = &cx.shape(x)[axis + 2];
         window.is_pointwise(axis) && transpose_axis(cx.node, &window, axis, size).0 == *size
@@ -96,7 +96,7 @@ fn conv_transpose_cost(cx: &CostCx<'_>) -> Option<Dim> {
 
 /// Groups that remain = output channels that remain / those of one group.
 fn conv_transpose_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
-    refit_group(cx, cx.kept_output(0, 1).map(<[usize]>::len), cx.old_output(0).get(1).and_then(Dim::size))
+    refit_group(cx, 1, cx.kept_output(0, 1).map(<[usize]>::len), cx.old_output(0).get(1).and_then(Dim::size))
 }
 
 /// `dX = Conv(dY, W)` with the same window; `dW` as for Conv, input and output having changed places.

@@ -90,6 +90,8 @@ impl Done {
             Link::Barrier(a, _) => format!("{}!", at(a)),
             Link::Sum(a) => format!("{}+", at(a)),
             Link::Unread(a) => format!("{}?", at(a)),
+            Link::Vanish(a, _) => format!("{}=0", at(a)),
+            Link::Blocks(a, b) => format!("{}#{}", at(a), b.size),
             other => panic!("{other:?} is not a relation of these families"),
         };
         rule(&cx).links.iter().map(link).collect::<Vec<_>>().join(" ")

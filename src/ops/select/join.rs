@@ -37,18 +37,25 @@ pub static RULES: &[OpRule] = &[
     },
 ];
 
-fn axis_of(node: &Node, default: i64, rank: usize) -> Option<usize> {
+pub(in crate::ops) fn axis_of(node: &Node, default: i64, rank: usize) -> Option<usize> {
     normalize_axis(node.attr_int("axis").unwrap_or(default), rank)
 }
 
 fn concat_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let slots: Vec<usize> = (0..cx.input_count()).filter(|s| cx.has_input(*s)).collect();
     let dtype = slots.iter().find_map(|s| cx.dtype(*s));
-    let Some(rank) = slots.iter().find_map(|s| cx.input(*s).rank()) else { return Ok(vec![Fact::new(dtype, None)]) };
+    let Some((shape, axis)) = joined_shape(cx, &slots)? else { return Ok(vec![Fact::new(dtype, None)]) };
+    let known = joined(cx, &slots, axis, &shape);
+    Ok(vec![Fact::new(dtype, Some(shape)).with_known(known)])
+}
+
+/// Shape of the inputs at `slots` joined, and the axis that they are joined along; `None` where no rank is known.
+pub(in crate::ops) fn joined_shape(cx: &InferCx<'_>, slots: &[usize]) -> Result<Option<(Vec<Dim>, usize)>, InferError> {
+    let Some(rank) = slots.iter().find_map(|s| cx.input(*s).rank()) else { return Ok(None) };
     let axis = axis_of(cx.node, 1, rank).ok_or_else(|| cx.error(format!("no such axis in rank {rank}")))?;
     let mut shape = vec![None::<Dim>; rank];
     let mut sum = Some(Dim::from(0i64));
-    for slot in &slots {
+    for slot in slots {
         let Some(input) = cx.shape(*slot) else {
             sum = None;
             continue;
@@ -68,9 +75,7 @@ fn concat_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
         }
     }
     shape[axis] = Some(sum.unwrap_or_else(|| cx.fresh("concat")));
-    let shape: Vec<Dim> = shape.into_iter().flatten().collect();
-    let known = joined(cx, &slots, axis, &shape);
-    Ok(vec![Fact::new(dtype, Some(shape)).with_known(known)])
+    Ok(Some((shape.into_iter().flatten().collect(), axis)))
 }
 
 /// The content of a Concat.
@@ -95,7 +100,7 @@ fn joined(cx: &InferCx<'_>, slots: &[usize], axis: usize, shape: &[Dim]) -> Opti
 }
 
 /// Relates the axes of a whole and of its parts: segments along `axis`, parallel elsewhere.
-fn segments(cx: &AxesCx<'_>, whole: Slot, parts: &[Slot], axis: usize, reason: &str) -> Relations {
+pub(in crate::ops) fn segments(cx: &AxesCx<'_>, whole: Slot, parts: &[Slot], axis: usize, reason: &str) -> Relations {
     let mut relations = Relations::default();
     let shape = cx.shape(whole);
     for part in parts {
