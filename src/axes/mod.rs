@@ -64,7 +64,7 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
     let with_ends: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
     let mut unified = unify::unify(&collected, &partition, &with_ends, &axis_number);
-    unified.bar_repeated();
+    unified.bar_repeated(&collected);
     blocks::apply(&collected, &mut unified);
     vanish::apply(graph, &collected, &mut unified);
     Axes { collected, unified }

@@ -448,7 +448,11 @@ fn classes_of(
 impl Unified {
     /// Puts a barrier on classes that stand twice on one axis (`E x E`, the product of a value with itself laid flat): no position there
     /// belongs to one unit.
-    pub(super) fn bar_repeated(&mut self) {
+    pub(super) fn bar_repeated(&mut self, all: &Collected) {
+        let meets = |carrier: CarrierId, relation: &Relation| match relation {
+            Relation::Product(a, b) => a.iter().chain(b).any(|at| at.0 == carrier),
+            Relation::Select { from, to, .. } => from.0 == carrier || to.0 == carrier,
+        };
         for carrier in 0..self.shapes.len() {
             for axis in 0..self.shapes[carrier].len() {
                 for case in 0..self.cases[carrier].count {
@@ -458,7 +462,8 @@ impl Unified {
                         locals.flat_map(|(local, _)| self.of_slot[k.slot(case, local)].iter().map(|(c, _)| *c)).collect();
                     on.sort_unstable();
                     for twice in on.windows(2).filter(|w| w[0] == w[1]) {
-                        let barrier = Barrier { node: None, axis, reason: "stands twice on one axis".to_string() };
+                        let node = all.relations.iter().find(|(_, r)| meets(carrier, r)).map(|(ends, _)| ends.node);
+                        let barrier = Barrier { node, axis, reason: "stands twice on this axis".to_string() };
                         if !self.classes[twice[0]].barriers.contains(&barrier) {
                             self.classes[twice[0]].barriers.push(barrier);
                         }
