@@ -1,6 +1,12 @@
 //! The table of bad inputs, on the real command: exit code, one line on stderr, nothing left behind.
 
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, unreachable_pub, reason = "tests, with functions of their own")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    unreachable_pub,
+    reason = "tests, with functions of their own"
+)]
 
 #[path = "bad_inputs/around.rs"]
 mod around;
@@ -142,11 +148,11 @@ fn as_nobody(sandbox: &Sandbox, args: &[&str]) -> Ran {
     const NOBODY: u32 = 65534;
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vitrim"));
     if std::fs::metadata(sandbox.dir.path()).unwrap().uid() == 0 {
-        // The build folder may lie where nobody can reach it.
+        // The build folder may lie where nobody can reach it. Copied by a process of its own: a file that this one has open for
+        // writing cannot be started while another test's child still holds it.
         let binary = sandbox.at("vitrim");
-        if !binary.exists() {
-            std::fs::copy(env!("CARGO_BIN_EXE_vitrim"), &binary).unwrap();
-        }
+        let copied = std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_vitrim")).arg(&binary).status();
+        assert!(binary.exists() && copied.is_ok_and(|s| s.success()));
         std::fs::set_permissions(sandbox.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         for file in sandbox.files() {
             chown(sandbox.at(&file), Some(NOBODY), None).unwrap();

@@ -147,8 +147,18 @@ pub(super) fn build(graph: &Graph, facts: &Facts, axes: &Axes, kind: Kind, layer
         Kind::Qk | Kind::Vo => Some(nest.iter().map(|(_, n)| n).product::<usize>().max(1)),
         Kind::Head | Kind::Mlp | Kind::Channel | Kind::Token => None,
     };
-    let mut group =
-        Group { id: String::new(), kind, layer, nest, leaf, stored, run: class.run, heads, sites: Vec::new(), cuts: cuts_of(axes, leaf) };
+    let mut group = Group {
+        id: String::new(),
+        kind,
+        layer,
+        nest,
+        leaf,
+        stored,
+        run: class.run,
+        heads,
+        sites: Vec::new(),
+        cuts: cuts_of(axes, leaf),
+    };
     for sink in &class.sinks {
         let site = site_of(graph, facts, axes, &group, sink.node, sink.a.0, sink.b.map(|b| b.0))?;
         if !group.sites.contains(&site) {

@@ -39,6 +39,9 @@ pub fn differentiate(
 }
 
 /// Values that depend on `wrt` and on which the loss depends, both through float values and smooth operators only.
+///
+/// Integers that stand for floats count as floats: a gradient that would have to pass a quantized value is refused there, not taken
+/// for zero.
 pub(crate) fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[ValueId]) -> SideMap<ValueId, bool> {
     let mut active = SideMap::filled(graph.value_count(), false);
     for v in wrt {
@@ -47,8 +50,11 @@ pub(crate) fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[
     for (_, node) in graph.nodes() {
         let reads = node.inputs().iter().flatten().chain(node.captures()).any(|v| active[*v]);
         let smooth = !matches!(ops::lookup(node.domain(), node.op()), Some(rule) if matches!(rule.grad, Grad::Zero));
+        let is_float = |v: &ValueId| facts.get(*v).dtype.is_none_or(|d| d.is_float());
+        let quantized = ops::quantize::is_quantized(node.domain(), node.op())
+            || node.inputs().iter().flatten().any(|v| active[*v] && !is_float(v));
         for v in node.outputs().iter().flatten() {
-            active[*v] |= reads && smooth && facts.get(*v).dtype.is_none_or(|d| d.is_float());
+            active[*v] |= reads && smooth && (quantized || is_float(v));
         }
     }
     let mut reached = SideMap::filled(graph.value_count(), false);

@@ -11,8 +11,11 @@ pub(super) fn apply(all: &Collected, unified: &mut Unified) {
     for (at, node, blocks) in &all.blocks {
         let regions = unified.regions(*at);
         for class in unified.classes_on(*at) {
-            let runs: Vec<Option<usize>> =
-                regions.iter().filter(|r| r.factors.iter().any(|(c, _)| *c == class)).map(|r| run(r, class, blocks.size)).collect();
+            let runs: Vec<Option<usize>> = regions
+                .iter()
+                .filter(|r| r.factors.iter().any(|(c, _)| *c == class))
+                .map(|r| run(r, class, blocks.size))
+                .collect();
             match (runs.iter().copied().collect::<Option<Vec<usize>>>().filter(|r| !r.is_empty()), &blocks.else_barrier) {
                 (Some(runs), _) => {
                     let run = runs.into_iter().fold(unified.classes[class].run, common_multiple);

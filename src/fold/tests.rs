@@ -65,6 +65,7 @@ fn one_group(at: Use) -> Group {
         nest: vec![],
         leaf: 0,
         stored: (0..4).collect(),
+        run: 1,
         heads: None,
         sites: vec![site],
         cuts: vec![],

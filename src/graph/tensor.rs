@@ -199,7 +199,8 @@ impl Tensor {
     fn packed_ints(&self) -> Vec<i64> {
         let (bits, signed) = (self.dtype.bits(), matches!(self.dtype, DType::I4 | DType::I2));
         let (per_byte, range) = (8 / bits, 1i64 << bits);
-        let unsigned = self.bytes.iter().flat_map(|byte| (0..per_byte).map(move |n| i64::from(*byte >> (bits * n)) & (range - 1)));
+        let unsigned =
+            self.bytes.iter().flat_map(|byte| (0..per_byte).map(move |n| i64::from(*byte >> (bits * n)) & (range - 1)));
         let ints = unsigned.map(|v| if signed && v >= range / 2 { v - range } else { v });
         ints.take(self.element_count()).collect()
     }

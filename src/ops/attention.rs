@@ -443,6 +443,11 @@ fn forward(cx: &mut GradCx<'_>, (q, k): (ValueId, ValueId), s: &Sizes) -> Result
     let mut slope = None;
     let cap = cx.node().attr_float("softcap").unwrap_or(0.0);
     if cap > 0.0 {
+        // Attention-23 was published with the mask before the cap and corrected to the mask behind it; ONNX Runtime 1.24 does the
+        // former, 1.32 the latter.
+        if cx.node().input(MASK).is_some() || cx.node().attr_int("is_causal").unwrap_or(0) != 0 {
+            return Err("a mask beside softcap: runtimes differ in which comes first".to_string());
+        }
         let small = scaled(cx, logits, 1.0 / cap, like);
         let tanh = cx.b.op("Tanh", &[small], vec![]);
         let square = cx.b.mul(tanh, tanh);

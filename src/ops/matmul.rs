@@ -450,7 +450,16 @@ pub(super) mod one_node {
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
         let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let original = g.clone();
-        let mut cx = RefitCx { graph: g, original: &original, origin: id, id, facts: &f, kept: &find, patches: Vec::new() };
+        let mut cx = RefitCx {
+            graph: g,
+            original: &original,
+            origin: id,
+            id,
+            facts: &f,
+            kept: &find,
+            patches: Vec::new(),
+            edits: Vec::new(),
+        };
         rule(&mut cx).map_err(|e| e.what)?;
         Ok(cx.patches)
     }

@@ -54,8 +54,21 @@ const DATA: &[(&str, &[(usize, usize)])] = &[
 ];
 
 /// Inputs of those operators that are plain: floats, conditions, and the accumulators' bias, whose zero is 0.
-const OTHERS: &[(&str, usize)] =
-    &[("DynamicQuantizeMatMul", 0), ("DynamicQuantizeMatMul", 4), ("MatMulIntegerToFloat", 6), ("QGemm", 6), ("QLinearConv", 8), ("QLinearWhere", 0)];
+const OTHERS: &[(&str, usize)] = &[
+    ("DynamicQuantizeMatMul", 0),
+    ("DynamicQuantizeMatMul", 4),
+    ("MatMulIntegerToFloat", 6),
+    ("QGemm", 6),
+    ("QLinearConv", 8),
+    ("QLinearWhere", 0),
+];
+
+/// Whether an operator has a record here: it reads or makes quantized numbers.
+pub fn is_quantized(domain: &str, op: &str) -> bool {
+    let domain = if domain == "ai.onnx" { "" } else { domain };
+    let families = [linear::RULES, matmul::RULES, conv::RULES, pointwise::RULES, blocks::RULES];
+    families.into_iter().flatten().any(|r| r.name == op && r.domain == domain)
+}
 
 /// What an input is in quantized numbers; `None` where it is none of them.
 pub fn part_at(domain: &str, op: &str, slot: usize) -> Option<Part> {

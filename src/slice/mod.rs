@@ -207,7 +207,8 @@ fn refit_nodes(
                 _ => None,
             }
         };
-        let mut cx = RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new(), edits: Vec::new() };
+        let mut cx =
+            RefitCx { graph: out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new(), edits: Vec::new() };
         rule(&mut cx)?;
         let found = std::mem::take(&mut cx.patches);
         let edited = std::mem::take(&mut cx.edits);

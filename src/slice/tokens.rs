@@ -58,7 +58,16 @@ pub(super) fn cut(
         }
         let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| stays.get(&(v, axis)).map(Vec::as_slice);
-        let mut cx = RefitCx { graph: &mut out, original: graph, origin: id, id, facts, kept: &look, patches: Vec::new(), edits: Vec::new() };
+        let mut cx = RefitCx {
+            graph: &mut out,
+            original: graph,
+            origin: id,
+            id,
+            facts,
+            kept: &look,
+            patches: Vec::new(),
+            edits: Vec::new(),
+        };
         rule(&mut cx)?;
         patches.extend(std::mem::take(&mut cx.patches).into_iter().map(|(slot, entries)| (Use { node: id, slot }, entries)));
     }

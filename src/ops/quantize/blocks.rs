@@ -178,12 +178,15 @@ fn keep_blocks(cx: &mut RefitCx<'_>, sizes: &Sizes, size: usize, blocks: Vec<usi
     }
     if cx.node().input(ZERO_POINTS).is_some() {
         let unpacked = cx.input_dtype(ZERO_POINTS) != Some(DType::U8);
-        cx.edit_constant(ZERO_POINTS, repack(move |t| {
-            if unpacked {
-                return in_rows(t, old, |rows| rows.take(1, &owners));
-            }
-            in_rows(t, old.div_ceil(per_byte), |rows| take_packed(rows, per_byte, &owners))
-        }));
+        cx.edit_constant(
+            ZERO_POINTS,
+            repack(move |t| {
+                if unpacked {
+                    return in_rows(t, old, |rows| rows.take(1, &owners));
+                }
+                in_rows(t, old.div_ceil(per_byte), |rows| take_packed(rows, per_byte, &owners))
+            }),
+        );
     }
 }
 

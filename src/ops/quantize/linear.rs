@@ -137,11 +137,7 @@ fn linear_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
 }
 
 /// The largest blocks, from `largest` halved down to `smallest`, of which whole ones remain, and their numbers.
-pub(super) fn largest_blocks(
-    kept: &[usize],
-    (largest, smallest): (usize, usize),
-    count: usize,
-) -> Option<(usize, Vec<usize>)> {
+pub(super) fn largest_blocks(kept: &[usize], (largest, smallest): (usize, usize), count: usize) -> Option<(usize, Vec<usize>)> {
     let sizes = std::iter::successors(Some(largest), |size| Some(size / 2)).take_while(|size| *size >= smallest.max(1));
     sizes.into_iter().find_map(|size| Some((size, whole_blocks(kept, size, count)?)))
 }
@@ -159,7 +155,10 @@ fn dynamic_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     cx.parallel(&mut relations, 0, 0, &[]);
     for axis in 0..cx.shape(Slot::In(0)).len() {
-        relations.vanish((Slot::In(0), axis), "the scale follows from the range of the whole value, in which a removed unit is not zero");
+        relations.vanish(
+            (Slot::In(0), axis),
+            "the scale follows from the range of the whole value, in which a removed unit is not zero",
+        );
     }
     relations
 }

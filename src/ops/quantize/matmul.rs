@@ -100,7 +100,10 @@ fn dynamic_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
 fn dynamic_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = relate(cx, 1, &[2, 3, 4]);
     for axis in 0..cx.shape(Slot::In(0)).len() {
-        relations.vanish((Slot::In(0), axis), "the scale follows from the range of the whole value, in which a removed unit is not zero");
+        relations.vanish(
+            (Slot::In(0), axis),
+            "the scale follows from the range of the whole value, in which a removed unit is not zero",
+        );
     }
     relations
 }
@@ -119,4 +122,3 @@ fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
     per_column(cx, &mut relations, &[4, 5], (Slot::In(3), n));
     relations
 }
-

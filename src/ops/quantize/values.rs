@@ -24,7 +24,15 @@ impl Spread {
             1 => vec![0; dims.len()],
             _ if values.dims.len() == dims.len() => {
                 let block = node.attr_int("block_size").and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0)?;
-                let step = |(d, z): (&usize, &usize)| if *z == 1 { 0 } else if z == d { 1 } else { block };
+                let step = |(d, z): (&usize, &usize)| {
+                    if *z == 1 {
+                        0
+                    } else if z == d {
+                        1
+                    } else {
+                        block
+                    }
+                };
                 dims.iter().zip(&values.dims).map(step).collect()
             }
             n => {
