@@ -15,6 +15,8 @@ mod harness;
 mod net;
 #[path = "property/oracle.rs"]
 mod oracle;
+#[path = "property/refusals.rs"]
+mod refusals;
 #[path = "property/steps.rs"]
 mod steps;
 

@@ -32,7 +32,8 @@ pub(crate) fn with<T>(fault: Fault, run: impl FnOnce() -> T) -> T {
     let right = right_rule(fault.op);
     let axes = if fault.axes.is_some() { Axes::Rule(spoilt_axes) } else { copy_axes(&right.axes) };
     let refit = match (fault.refit, &right.refit) {
-        (Some(refit), _) | (None, Refit::Rule(refit)) => Refit::Rule(refit),
+        (Some(wrong), _) => Refit::Rule(wrong),
+        (None, Refit::Rule(refit)) => Refit::Rule(*refit),
         (None, Refit::Nothing) => Refit::Nothing,
     };
     let OpRule { name, domain, opsets, infer, axes: _, grad: _, cost: _, refit: _ } = *right;

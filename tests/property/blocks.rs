@@ -71,7 +71,7 @@ pub(crate) fn build(net: &mut Net, x: &Val, block: Block) -> Val {
 }
 
 /// A projection by a plain matrix that must be offered: its columns are a hidden axis that nothing bars.
-fn hidden(net: &mut Net, x: &Val, out: usize) -> Val {
+pub(crate) fn hidden(net: &mut Net, x: &Val, out: usize) -> Val {
     let first = net.graph.value_count();
     let y = net.dense(x, out);
     let k = x.n(x.rank() - 1);
@@ -208,7 +208,7 @@ fn attention(net: &mut Net, x: &Val, d: usize) -> Val {
 fn fused_attention(net: &mut Net, x: &Val, h: &Heads, d: usize) -> Val {
     let hq = h.kv * h.per;
     net.story.push(format!("Attention of {}x{} heads, widths {} and {}", h.kv, h.per, h.e, h.ev));
-    let parts = [(hq, h.e), (h.kv, h.e), (h.kv, h.ev)].map(|(heads, width)| (net.dense(x, heads * width), heads));
+    let parts = [(hq, h.e), (h.kv, h.e), (h.kv, h.ev)].map(|(heads, width)| (hidden(net, x, heads * width), heads));
     let mut attrs = Vec::new();
     if net.one_in(3) {
         attrs.push(float("scale", 0.4));
