@@ -305,7 +305,7 @@ fn a_search_leads_to_a_proven_model_step_by_step() {
         "cpu",
     ];
     let told = run(&[&search[..], &["--json"]].concat()).json();
-    assert_eq!(told["steps"], 16);
+    assert_eq!(told["steps"], 14); // A tenth of the 256 images does not train.
     let ran = sandbox.run_with(&search, &vars);
     assert!(ran.code == 2 && ran.stderr.contains("already holds a run"), "{ran:?}");
     run(&["plan", &model, "--run", "r", "--budget", "macs=0.5", "-o", "p.json"]);
@@ -441,7 +441,7 @@ fn slim_does_it_all_and_a_dry_run_does_nothing() {
     ];
     let ran = sandbox.run_with(&[&args[..], &["--dry-run"]].concat(), &vars);
     let told = ok(&ran);
-    assert!(told["step_ms"].as_f64().is_some_and(|ms| ms > 0.0) && told["steps"] == 22, "{told}");
+    assert!(told["step_ms"].as_f64().is_some_and(|ms| ms > 0.0) && told["steps"] == 20, "{told}");
     assert_eq!(sandbox.files(), ["d.npz"]);
     let told = ok(&sandbox.run_with(&args, &vars));
     assert_eq!(told["pass"], true);
@@ -520,5 +520,5 @@ fn a_signal_ends_a_search_with_its_state_saved_and_it_goes_on() {
         assert!(rest.contains("resume with --resume --run r"), "{rest}");
     }
     let told = ok(&sandbox.run_with(&[&args[..], &["--resume", "--json"]].concat(), &[(name, path.as_str())]));
-    assert_eq!(told["steps"], 16);
+    assert_eq!(told["steps"], 14);
 }
