@@ -139,10 +139,52 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
     for v in graph.outputs() {
         all.bar_all(v.index(), None, "graph output");
     }
-    for (id, _) in graph.nodes() {
-        all.node(graph, facts, id, &depends);
+    let said: Vec<(NodeId, Said)> = graph.nodes().map(|(id, _)| (id, said_by(graph, facts, id))).collect();
+    let weights = weights(graph, &said, &depends);
+    for (id, said) in said {
+        all.node(graph, id, said, &depends, &weights);
     }
     all
+}
+
+/// What an operator says of its axes, or why it says nothing; `None` where it reads shapes only.
+type Said = Option<Result<Relations, String>>;
+
+fn said_by(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
+    let node = graph.node(id);
+    let opset = graph.opset(node.domain()).unwrap_or(0);
+    let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
+    match ops::lookup(node.domain(), node.op()).map(|r| &r.axes) {
+        Some(AxesRule::ShapeOnly) => None,
+        Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
+        Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
+        Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
+        None => Some(Err(unknown_operator(node.domain(), node.op()))),
+    }
+}
+
+/// Whether an operator contracts an input, or picks parts of it.
+fn takes_as_weight(said: &Said, slot: usize) -> bool {
+    matches!(said, Some(Ok(r)) if r.links.iter().any(|l| match l {
+        Link::Contract((a, _), (b, _)) => *a == Slot::In(slot) || *b == Slot::In(slot),
+        Link::Select { from: (a, _), .. } => *a == Slot::In(slot),
+        _ => false,
+    }))
+}
+
+/// Constants that are contracted, also behind operators that only pass them on (an Identity, a Transpose).
+fn weights(graph: &Graph, said: &[(NodeId, Said)], depends: &SideMap<ValueId, bool>) -> SideMap<ValueId, bool> {
+    let mut weights = SideMap::filled(graph.value_count(), false);
+    for (id, said) in said.iter().rev() {
+        let node = graph.node(*id);
+        let passed_on = node.outputs().iter().flatten().any(|v| !depends[*v] && weights[*v]);
+        for (slot, v) in node.inputs().iter().enumerate() {
+            if let Some(v) = v.filter(|v| !depends[*v] && (passed_on || takes_as_weight(said, slot))) {
+                weights[v] = true;
+            }
+        }
+    }
+    weights
 }
 
 impl Collected {
@@ -161,29 +203,20 @@ impl Collected {
         }
     }
 
-    fn node(&mut self, graph: &Graph, facts: &Facts, id: NodeId, depends: &SideMap<ValueId, bool>) {
+    fn node(
+        &mut self,
+        graph: &Graph,
+        id: NodeId,
+        relations: Said,
+        depends: &SideMap<ValueId, bool>,
+        weights: &SideMap<ValueId, bool>,
+    ) {
         let node = graph.node(id);
-        let rule = ops::lookup(node.domain(), node.op());
-        let opset = graph.opset(node.domain()).unwrap_or(0);
-        let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-        let relations = match rule.map(|r| &r.axes) {
-            Some(AxesRule::ShapeOnly) => None,
-            Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
-            Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
-            Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
-            None => Some(Err(unknown_operator(node.domain(), node.op()))),
-        };
-        // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
-        // a constant on (an Identity for each layer, where an exporter merged equal biases) do not tie those behind them.
-        let one_for_all = |slot: usize| {
-            matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
-                Link::Contract((a, _), (b, _)) => *a == Slot::In(slot) || *b == Slot::In(slot),
-                Link::Select { from: (a, _), .. } => *a == Slot::In(slot),
-                _ => false,
-            }))
-        };
+        // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one, also where readers pass
+        // it on to where it is contracted (an Identity for each layer, where an exporter merged equal tensors). Of a bias that
+        // is passed on so, each reader has its own.
         let inputs = node.inputs().iter().enumerate();
-        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, one_for_all(slot), depends)));
+        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, weights[v], depends)));
         self.inputs[id] = inputs.collect();
         match relations {
             None => {}
