@@ -2,7 +2,9 @@
 //!
 //! Graphs come from a seed (`property/case.rs`), are made of blocks (`property/blocks.rs`) and of single steps in any order
 //! (`property/steps.rs`), each spelled at random (`property/net.rs`). `VITRIM_PROPERTY_CASES=10000 cargo test --test property` runs
-//! more of them; `VITRIM_PROPERTY_SEED=42` one alone, and tells what it is made of.
+//! more of them, `VITRIM_PROPERTY_FIRST` says from which seed on; `VITRIM_PROPERTY_SEED=42` runs one alone and tells what it is made of
+//! (`-- --nocapture`). Seeds that failed on the way are in `property/regressions.rs`; that the test notices faults is shown by
+//! `property/mutation.rs`, which is compiled into the unit tests.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
@@ -17,6 +19,8 @@ mod net;
 mod oracle;
 #[path = "property/refusals.rs"]
 mod refusals;
+#[path = "property/regressions.rs"]
+mod regressions;
 #[path = "property/steps.rs"]
 mod steps;
 
@@ -51,7 +55,9 @@ fn listing(graph: &Graph) -> String {
     };
     let nodes: Vec<String> = graph.nodes().map(|(id, node)| format!("{}: {}", graph.label(id), line(node))).collect();
     let cut = |c: &Cut| format!("{}.{}{}", graph.value(c.value).name(), c.axis, if c.reader.is_some() { "*" } else { "" });
-    let group = |g: &Group| format!("{} nest {:?} stored {:?} cuts {:?}", g.id, g.nest, g.stored, g.cuts.iter().map(cut).collect::<Vec<_>>());
+    let group = |g: &Group| {
+        format!("{} nest {:?} stored {:?} cuts {:?}", g.id, g.nest, g.stored, g.cuts.iter().map(cut).collect::<Vec<_>>())
+    };
     let groups: Vec<String> = analyse(graph).map_or(vec![], |(_, a)| a.groups.iter().map(group).collect());
     [nodes, groups].concat().join("\n")
 }

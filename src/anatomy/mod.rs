@@ -121,7 +121,8 @@ fn between_weights(axes: &Axes, class: &Class) -> bool {
 /// operator makes not even the shape is known.
 fn is_hidden(graph: &Graph, axes: &Axes, class: &Class, is_matrix: &dyn Fn(ValueId) -> bool) -> bool {
     let is_unknown = |node: NodeId| ops::lookup(graph.node(node).domain(), graph.node(node).op()).is_none();
-    let ends_unknown = || class.barriers.iter().filter_map(|b| b.node).any(|n| is_unknown(n) && leads_to_weight(graph, n, is_matrix));
+    let ends_unknown =
+        || class.barriers.iter().filter_map(|b| b.node).any(|n| is_unknown(n) && leads_to_weight(graph, n, is_matrix));
     between_weights(axes, class) || class.size.is_some_and(|s| s > 1) && group::is_born(axes, class) && ends_unknown()
 }
 

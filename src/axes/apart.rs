@@ -80,8 +80,12 @@ impl<'a> Apart<'a> {
         }
         loop {
             let still = |c: &&CarrierId| !block[**c];
-            let found: Vec<CarrierId> =
-                open.iter().filter(still).filter(|c| !self.is_read_in_parts(**c, &tensions[**c], &readers, &block)).copied().collect();
+            let found: Vec<CarrierId> = open
+                .iter()
+                .filter(still)
+                .filter(|c| !self.is_read_in_parts(**c, &tensions[**c], &readers, &block))
+                .copied()
+                .collect();
             if found.is_empty() {
                 return block;
             }

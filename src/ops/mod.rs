@@ -9,12 +9,12 @@ pub mod control;
 pub mod conv;
 pub mod einsum;
 pub mod elementwise;
+#[cfg(test)]
+pub(crate) mod faults;
 pub mod layout;
 pub mod matmul;
 pub mod norm;
 pub mod pool;
-#[cfg(test)]
-pub(crate) mod faults;
 #[cfg(test)]
 pub(crate) mod probe;
 pub mod quantize;

@@ -179,12 +179,7 @@ struct Heads {
 
 fn attention(net: &mut Net, x: &Val, d: usize) -> Val {
     let grouped = net.one_in(3);
-    let heads = Heads {
-        kv: 1 + net.below(3),
-        per: if grouped { 2 } else { 1 },
-        e: 2 + net.below(4),
-        ev: 2 + net.below(4),
-    };
+    let heads = Heads { kv: 1 + net.below(3), per: if grouped { 2 } else { 1 }, e: 2 + net.below(4), ev: 2 + net.below(4) };
     if net.opset >= 23 && net.one_in(2) {
         return fused_attention(net, x, &heads, d);
     }
@@ -208,7 +203,12 @@ fn attention(net: &mut Net, x: &Val, d: usize) -> Val {
 fn fused_attention(net: &mut Net, x: &Val, h: &Heads, d: usize) -> Val {
     let hq = h.kv * h.per;
     net.story.push(format!("Attention of {}x{} heads, widths {} and {}", h.kv, h.per, h.e, h.ev));
+    let (shared, must) = (net.shared, net.must.len());
     let parts = [(hq, h.e), (h.kv, h.e), (h.kv, h.ev)].map(|(heads, width)| (hidden(net, x, heads * width), heads));
+    if net.shared > shared {
+        // A bias that others use is cut in a copy and not zeroed; where q and k have one each, nothing makes their product zero.
+        net.must.truncate(must);
+    }
     let mut attrs = Vec::new();
     if net.one_in(3) {
         attrs.push(float("scale", 0.4));
@@ -389,7 +389,12 @@ fn merged(net: &mut Net, o: &Val, x: &Val, d: usize) -> Val {
     if net.one_in(5) {
         let w: ValueId = net.weight(&[h, e, d], h * e);
         let text = "bhne,hed->bnd";
-        return net.op("Einsum", &[o.id, w], vec![attr("equation", AttrValue::Str(text.as_bytes().to_vec().into()))], x.dims.clone());
+        return net.op(
+            "Einsum",
+            &[o.id, w],
+            vec![attr("equation", AttrValue::Str(text.as_bytes().to_vec().into()))],
+            x.dims.clone(),
+        );
     }
     let o = if net.one_in(4) {
         let gate = net.constant(&[h, 1, 1]);
@@ -431,7 +436,8 @@ fn convolutions(net: &mut Net, x: &Val, d: usize) -> Val {
 /// Channels times a gate that is computed of their means.
 fn squeeze_excite(net: &mut Net, h: &Val) -> Val {
     let c = h.n(1);
-    let mean = if net.one_in(2) { net.b().reduce_mean(h.id, &[2, 3], true) } else { net.b().op("GlobalAveragePool", &[h.id], vec![]) };
+    let mean =
+        if net.one_in(2) { net.b().reduce_mean(h.id, &[2, 3], true) } else { net.b().op("GlobalAveragePool", &[h.id], vec![]) };
     let m = 2 + net.below(3);
     let dims = |c: usize| -> Vec<Size> { [h.dims[0]].into_iter().chain(fixed(&[c, 1, 1])).collect() };
     let (down, up) = (net.weight(&[m, c, 1, 1], c), net.weight(&[c, m, 1, 1], m));

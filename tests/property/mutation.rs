@@ -39,13 +39,17 @@ const FAULTS: &[Fault] = &[
     axes("MatMul: the contraction is left out", "MatMul", |_, r| r.links.retain(|l| !matches!(l, Link::Contract(..)))),
     axes("MatMul: the columns of the second operand may lose positions unseen", "MatMul", |_, r| forget(r, Slot::In(1))),
     axes("Gemm: the bias is forgotten", "Gemm", |_, r| forget(r, Slot::In(2))),
-    axes("Gemm: transB is ignored", "Gemm", |_, r| spoil_axes(r, |(slot, axis)| (slot, if slot == Slot::In(1) { 1 - axis } else { axis }))),
+    axes("Gemm: transB is ignored", "Gemm", |_, r| {
+        spoil_axes(r, |(slot, axis)| (slot, if slot == Slot::In(1) { 1 - axis } else { axis }))
+    }),
     axes("Einsum: contracted letters may lose positions unseen", "Einsum", |_, r| unread_contract(r)),
     axes("Add: the second operand is forgotten", "Add", |_, r| forget(r, Slot::In(1))),
     axes("Mul: the second operand is forgotten", "Mul", |_, r| forget(r, Slot::In(1))),
     axes("Where: the last operand is forgotten", "Where", |_, r| forget(r, Slot::In(2))),
     axes("Softmax: the normalized axis is parallel", "Softmax", |_, r| spoil_links(r, unbar)),
-    axes("LayerNormalization: nothing is normalized", "LayerNormalization", |_, r| r.links.retain(|l| !matches!(l, Link::Barrier(..)))),
+    axes("LayerNormalization: nothing is normalized", "LayerNormalization", |_, r| {
+        r.links.retain(|l| !matches!(l, Link::Barrier(..)))
+    }),
     axes("BatchNormalization: the variance is forgotten", "BatchNormalization", |_, r| forget(r, Slot::In(4))),
     axes("ReduceMean: a mean is a sum", "ReduceMean", |_, r| {
         spoil_links(r, |l| match l {
@@ -95,7 +99,9 @@ const FAULTS: &[Fault] = &[
         }
     }),
     axes("Attention: queries and keys have dims of their own", "Attention", |_, r| unread_contract(r)),
-    axes("Shape: sizes are not frozen", "Shape", |cx, r| (0..cx.shape(Slot::In(0)).len()).for_each(|a| r.unread((Slot::In(0), a)))),
+    axes("Shape: sizes are not frozen", "Shape", |cx, r| {
+        (0..cx.shape(Slot::In(0)).len()).for_each(|a| r.unread((Slot::In(0), a)))
+    }),
     no_refit("Reshape: the target stays", "Reshape"),
     no_refit("Split: the sizes stay", "Split"),
     no_refit("Slice: the bounds stay", "Slice"),

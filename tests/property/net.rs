@@ -77,6 +77,8 @@ pub(crate) struct Net {
     pool: Vec<(Vec<usize>, f32, ValueId)>,
     /// Whether a weight is used twice, which ties what would otherwise be free.
     pub(crate) ties: bool,
+    /// How often another constant was used twice.
+    pub(crate) shared: usize,
     /// `(constant, axis)`: what must be offered to be cut.
     pub(crate) must: Vec<(ValueId, usize)>,
     /// What was built, for whoever reads a failure.
@@ -88,7 +90,7 @@ impl Net {
         let ir_version = if opset > 20 { 10 } else { 8 };
         let graph = Graph::new(ir_version, vec![(String::new(), opset)], Default::default());
         random.bits();
-        Self { graph, random, opset, batch, pool: Vec::new(), ties: false, must: Vec::new(), story: Vec::new() }
+        Self { graph, random, opset, batch, pool: Vec::new(), ties: false, shared: 0, must: Vec::new(), story: Vec::new() }
     }
 
     /// A number below `n`.
@@ -172,8 +174,7 @@ impl Net {
     fn filled(&mut self, dims: &[usize], low: f32, reach: f32) -> Tensor {
         let count = dims.iter().product();
         let values = self.random.f32s(count, f64::from(low), f64::from(low + reach));
-        let signed: Vec<f32> =
-            values.iter().map(|v| if low > 0.0 && self.random.bits() & 1 == 1 { -v } else { *v }).collect();
+        let signed: Vec<f32> = values.iter().map(|v| if low > 0.0 && self.random.bits() & 1 == 1 { -v } else { *v }).collect();
         Tensor::f32(dims, &signed)
     }
 
@@ -186,6 +187,7 @@ impl Net {
     pub(crate) fn constant_from(&mut self, dims: &[usize], low: f32) -> ValueId {
         let known: Vec<ValueId> = self.pool.iter().filter(|(d, l, _)| d == dims && *l == low).map(|(_, _, v)| *v).collect();
         if !known.is_empty() && self.one_in(4) {
+            self.shared += 1;
             return self.pick(&known);
         }
         let tensor = if low > 0.0 { self.filled(dims, low, 1.0) } else { self.filled(dims, -1.0, 2.0) };
@@ -240,7 +242,9 @@ impl Net {
             match self.below(3) {
                 0 if copies => entries[at] = Some(0),
                 // Batch times something is not read at run time here: -1 finds it.
-                1 if dims[at].n == 1 && v.dims[at.min(v.rank() - 1)] == dims[at] => return self.target_at_run_time(v, at, &entries),
+                1 if dims[at].n == 1 && v.dims[at.min(v.rank() - 1)] == dims[at] => {
+                    return self.target_at_run_time(v, at, &entries);
+                }
                 _ => {
                     entries[at] = Some(-1);
                     open = true;
@@ -378,8 +382,26 @@ impl Net {
     /// A pointwise function; `tame` ones keep zero a zero.
     pub(crate) fn unary(&mut self, v: &Val) -> Val {
         let mut names = vec![
-            "Relu", "Sigmoid", "Tanh", "Neg", "Abs", "Erf", "Softplus", "Identity", "LeakyRelu", "Elu", "HardSigmoid", "Sin", "Cos",
-            "gelu", "silu", "clip", "cast", "exp", "square", "dropout",
+            "Relu",
+            "Sigmoid",
+            "Tanh",
+            "Neg",
+            "Abs",
+            "Erf",
+            "Softplus",
+            "Identity",
+            "LeakyRelu",
+            "Elu",
+            "HardSigmoid",
+            "Sin",
+            "Cos",
+            "gelu",
+            "silu",
+            "clip",
+            "cast",
+            "exp",
+            "square",
+            "dropout",
         ];
         if self.opset >= 14 {
             names.push("HardSwish");

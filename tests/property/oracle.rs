@@ -85,7 +85,10 @@ fn compare(name: &str, found: &Array, expected: &Array) -> Result<(), String> {
         return Err(format!("output {name} of the zeroed original is not finite"));
     }
     let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let worst = found.iter().zip(expected.iter()).fold(0f32, |m, (a, b)| if a.is_finite() { m.max((a - b).abs()) } else { f32::INFINITY });
+    let worst = found
+        .iter()
+        .zip(expected.iter())
+        .fold(0f32, |m, (a, b)| if a.is_finite() { m.max((a - b).abs()) } else { f32::INFINITY });
     if worst > TOLERANCE * largest + 1e-6 {
         return Err(format!("output {name} differs by {worst} of {largest}"));
     }
@@ -153,7 +156,9 @@ fn zeroed(graph: &Graph, sliced: &Sliced, copies: Copies) -> Result<Graph, Strin
         // Nodes keep their numbers; one that the slice added stands for none of the original.
         let readers: Vec<Use> = readers
             .into_iter()
-            .filter(|at| at.node < graph_end(graph) && graph.order().contains(&at.node) && graph.node(at.node).input(at.slot) == Some(v))
+            .filter(|at| {
+                at.node < graph_end(graph) && graph.order().contains(&at.node) && graph.node(at.node).input(at.slot) == Some(v)
+            })
             .collect();
         if readers.is_empty() {
             return Err(format!("no node of the original reads the copy '{user}' of '{name}'"));
@@ -212,10 +217,8 @@ fn as_asked(anatomy: &Anatomy, kept: &Kept, graph: &Graph, sliced: &Sliced) -> R
         for cut in &group.cuts {
             let name = graph.value(cut.value).name();
             let carriers = anatomy.axes.carriers().iter().enumerate();
-            let mine: Vec<usize> = carriers
-                .filter(|(_, c)| matches!(c.of, vitrim::axes::Of::Value(v) if v == cut.value))
-                .map(|(c, _)| c)
-                .collect();
+            let mine: Vec<usize> =
+                carriers.filter(|(_, c)| matches!(c.of, vitrim::axes::Of::Value(v) if v == cut.value)).map(|(c, _)| c).collect();
             let Some(carrier) = mine.first().filter(|_| cut.reader.is_none()) else { continue };
             let regions = anatomy.axes.regions((*carrier, cut.axis));
             let [region] = &regions[..] else { continue };

@@ -26,7 +26,12 @@ const STEPS: &[(&str, Step)] = &[
     ("expand", expand),
     ("reduce", reduce),
     ("normalize", normalize),
-    ("dense", |net, v| (!v.dims[v.rank() - 1].batch).then(|| ()).map(|()| { let out = 2 + net.below(7); net.dense(v, out) })),
+    ("dense", |net, v| {
+        (!v.dims[v.rank() - 1].batch).then(|| ()).map(|()| {
+            let out = 2 + net.below(7);
+            net.dense(v, out)
+        })
+    }),
     ("product", product),
     ("unit axis", unit_axis),
     ("conv", conv),
