@@ -113,7 +113,7 @@ pub fn make_plan(
     protected: BTreeSet<String>,
 ) -> Result<Plan, Error> {
     let file = || model.path.clone();
-    let pinned = model.anatomy.tokens.iter().filter_map(|site| {
+    let pinned = model.anatomy.tokens.sites.iter().filter_map(|site| {
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
         Some((group.id.clone(), site.pinned.iter().copied().collect()))
     });
@@ -181,20 +181,11 @@ pub struct GroupCost {
 /// What one unit of each group costs: the saving of the first step, divided by the units that go with it.
 pub fn group_costs(model: &Model) -> Vec<GroupCost> {
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
-    let none = std::collections::BTreeMap::new();
-    let whole = costs.under(&|_| None, &none);
     let one = |g: &anatomy::Group| {
-        let size = g.class_size();
-        let (after, units) = if g.kind == Kind::Token {
-            (costs.under(&|_| None, &[(g.layer, size - 1)].into()), 1)
-        } else {
-            let per_step = g.nest_count() * g.stored.len() * g.run / size.max(1);
-            (costs.under(&|c| (c == g.leaf).then_some(size - g.run), &none), per_step.max(1))
-        };
-        GroupCost {
-            params_per_unit: (whole.params - after.params) / units as u64,
-            macs_per_unit: whole.macs.zip(after.macs).map(|(a, b)| (a - b) / units as u64),
-        }
+        let step = costs.first_step(g);
+        let of_step = || g.nest_count() * g.stored.len() * g.run / g.class_size().max(1);
+        let units = if g.kind == Kind::Token { 1 } else { of_step().max(1) as u64 };
+        GroupCost { params_per_unit: step.params / units, macs_per_unit: step.macs.map(|m| m / units) }
     };
     model.anatomy.groups.iter().map(one).collect()
 }

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
+#[path = "anatomy/layers.rs"]
+mod layers;
+
 use bytes::Bytes;
 use vitrim::anatomy::Kind;
 use vitrim::graph::{DType, Declared, DeclaredDim, Graph, Tensor, ValueId};
@@ -75,4 +78,31 @@ fn layers_behind_a_merged_bias_keep_different_numbers_of_units() {
         assert!(sliced.cloned.iter().chain([]).all(|c| c.initializer == "zeros"), "{:?}", sliced.cloned);
         assert_eq!(sliced.cloned.len(), 2);
     }
+}
+
+#[test]
+fn a_weight_behind_identities_is_one_weight() {
+    // What a parallel block of CoaT looks like: one MLP is used twice, each time through copies of its weights.
+    let mut g = Graph::new(8, vec![(String::new(), 17)], Bytes::new());
+    let dims = vec![DeclaredDim::Symbol("batch".into()), DeclaredDim::Size(5), DeclaredDim::Size(D as i64)];
+    let declared = Declared { dtype: Some(DType::F32), dims: Some(dims), extra: Bytes::new() };
+    let mut x = g.add_value("x");
+    g.add_input(x, declared.clone());
+    let w1 = g.add_initializer("w1", Tensor::f32(&[D, M], &[0.5; D * M]));
+    let w2 = g.add_initializer("w2", Tensor::f32(&[M, D], &[0.5; D * M]));
+    for _ in 0..2 {
+        let copies = [w1, w2].map(|w| g.add_op("Identity", &[w], vec![], "copy"));
+        let hidden = g.add_op("MatMul", &[x, copies[0]], vec![], "hidden");
+        let hidden = g.add_op("Relu", &[hidden], vec![], "active");
+        x = g.add_op("MatMul", &[hidden, copies[1]], vec![], "out");
+    }
+    g.add_output(x, declared);
+    g.sort();
+    let (facts, anatomy) = analyse(&g).unwrap();
+    let mlps: Vec<(usize, usize)> =
+        anatomy.groups.iter().filter(|g| g.kind == Kind::Mlp).map(|g| (g.units(), g.sites.len())).collect();
+    assert_eq!(mlps[0], (M, 2));
+    let kept = [(anatomy.groups[0].id.clone(), vec![0, 2, 5])].into();
+    let sliced = slice::apply(&g, &facts, &anatomy, &kept, &analyse).unwrap();
+    assert_eq!((sliced.cuts.len(), sliced.cloned.len()), (2, 0));
 }

@@ -14,7 +14,7 @@ use vitrim::data::{Batch, BatchOrder, DataError, Dataset, InputSpec, Options};
 use vitrim::graph::build::{Builder, attr};
 use vitrim::graph::{AttrValue, DType, Declared, DeclaredDim, Graph, NewNode, Tensor, ValueId};
 use vitrim::infer;
-use vitrim::onnx::{read, to_bytes};
+use vitrim::onnx::read;
 use vitrim::pipeline;
 use vitrim::plan::{Edited, KeptUnits, Plan};
 use vitrim::runtime::{RuntimeName, SessionOptions, find};
@@ -112,8 +112,7 @@ fn verify_with(
     is_edited: bool,
 ) -> Result<Verdict, Error> {
     let facts = infer::facts(original).unwrap();
-    let [a, b, c] = [original, twin, out].map(|g| to_bytes(g).unwrap());
-    let subject = Subject { graph: original, facts: &facts, original: &a, twin: &b, out: &c, is_edited, weights: None };
+    let subject = Subject { graph: original, facts: &facts, twin, out, is_edited, weights: None };
     compare(&subject, data, settings)
 }
 
@@ -334,17 +333,9 @@ fn the_digits_model_equals_itself_and_not_a_changed_one() {
     assert!(!verdict.pass && verdict.edits == Edits::None, "{verdict:?}");
     let facts = infer::facts(&model).unwrap();
     assert_eq!(weights::first_difference(&model, &wrong, &BTreeSet::new()).unwrap().name, name);
-    let bytes = to_bytes(&model).unwrap();
     let difference = weights::first_difference(&model, &wrong, &BTreeSet::new());
-    let subject = Subject {
-        graph: &model,
-        facts: &facts,
-        original: &bytes,
-        twin: &bytes,
-        out: &bytes,
-        is_edited: false,
-        weights: difference.as_ref(),
-    };
+    let subject =
+        Subject { graph: &model, facts: &facts, twin: &model, out: &model, is_edited: false, weights: difference.as_ref() };
     let verdict = compare(&subject, None, &settings).unwrap();
     assert!(!verdict.pass);
     assert_eq!((verdict.checks[0].runtime, verdict.checks[0].output.as_str()), ("weights", name));
@@ -397,11 +388,10 @@ fn floors_need_labels_and_are_kept() {
 
 #[test]
 fn latency_is_measured_for_both_models_in_turn() {
-    let model = to_bytes(&mlp()).unwrap();
-    let unknown = to_bytes(&fused()).unwrap();
+    let (model, unknown) = (mlp(), fused());
     let x = Array { dims: vec![2, 4], data: ArrayData::F32(vec![0.5; 8]) };
     let feeds = [("x".to_string(), x)];
-    let contender = |name, bytes| bench::Contender { name, bytes, feeds: &feeds };
+    let contender = |name, graph| bench::Contender { name, graph, feeds: &feeds };
     let settings =
         bench::Settings { runtimes: engines(), threads: vec![1, 2], warmup: 2, iterations: 7, ..bench::Settings::default() };
     let report = bench::measure(&[contender("a", &model), contender("b", &model)], &settings).unwrap();

@@ -1,4 +1,6 @@
-//! Attention layers: a product of two activations that reaches a softmax, and the product of the softmax's result with a third.
+//! Attention layers: the products of two activations that reach a softmax, and the products of its result with another activation.
+//!
+//! Either may be missing: outlook attention computes its logits by one weight, and factorized attention normalizes keys alone.
 
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
@@ -10,19 +12,21 @@ use std::collections::BTreeSet;
 /// One attention layer.
 #[derive(Clone, Debug)]
 pub struct AttentionLayer {
-    /// The node whose output are the logits (or the fused operator).
-    pub logits: NodeId,
+    /// Nodes whose outputs add up to the logits (or the fused operator): queries times keys, and queries times tables of relative
+    /// positions. Empty where logits are no product of two activations.
+    pub logits: Vec<NodeId>,
     /// The softmax (or the fused operator).
     pub softmax: NodeId,
     /// Nodes that multiply the softmax's result with the values (or the fused operator).
     pub mixes: Vec<NodeId>,
-    /// Place of `logits` in the order of the graph.
+    /// Place of the first of these nodes in the order of the graph.
     pub place: usize,
-    /// Classes contracted in the logits.
+    /// Classes contracted in the logits, or between the result and another activation.
     pub qk: Vec<ClassId>,
-    /// Classes carried from the values to the result.
+    /// Classes carried from the values to the result, or from the queries to the result and into a weight (cross-covariance).
     pub vo: Vec<ClassId>,
-    /// Classes around both.
+    /// Classes of the attention matrix that start in weights and are neither queries nor keys. There are several where heads are
+    /// mixed before or after the softmax, or where queries come in groups.
     pub head: Vec<ClassId>,
 }
 
@@ -58,9 +62,6 @@ const PASSED: &[&str] = &[
     "Exp",
     "Abs",
     "Neg",
-    "Conv",
-    "BatchNormalization",
-    "ReduceMax",
     "DynamicQuantizeLinear",
 ];
 
@@ -71,20 +72,21 @@ const PASSED_QUANTIZED: &[&str] =
 /// Finds all attention layers, from the input on.
 pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<AttentionLayer> {
     let depends = depends_on_data(graph);
+    let weights = super::group::grown_from_weights(graph, axes);
+    let places = super::places(graph);
     let mut layers: Vec<AttentionLayer> = Vec::new();
-    for (place, (id, node)) in graph.nodes().enumerate() {
+    for (id, node) in graph.nodes() {
         let found = if ops::attention::is_fused_attention(node.domain(), node.op()) {
-            vec![fused(graph, axes, id, place)]
-        } else if matches!(node.op(), "Softmax" | "QLinearSoftmax") {
-            spelled_out(graph, facts, axes, &depends, id)
+            Some(fused(graph, axes, id, places[id.index()]))
+        } else if is_softmax(node.op()) {
+            spelled_out(graph, facts, axes, &weights, &depends, &places, id)
         } else {
-            vec![]
+            None
         };
-        for layer in found {
-            match layers.iter_mut().find(|l| l.logits == layer.logits) {
-                Some(known) => known.merge(layer),
-                None => layers.push(layer),
-            }
+        let Some(layer) = found else { continue };
+        match layers.iter_mut().find(|l| l.logits.iter().any(|p| layer.logits.contains(p))) {
+            Some(known) => known.merge(layer),
+            None => layers.push(layer),
         }
     }
     layers.sort_by_key(|l| l.place);
@@ -92,15 +94,21 @@ pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<Attent
 }
 
 impl AttentionLayer {
+    fn new(logits: Vec<NodeId>, softmax: NodeId, mixes: Vec<NodeId>, place: usize) -> Self {
+        Self { logits, softmax, mixes, place, qk: Vec::new(), vo: Vec::new(), head: Vec::new() }
+    }
+
     fn merge(&mut self, other: Self) {
-        for (mine, theirs) in [(&mut self.qk, other.qk), (&mut self.vo, other.vo), (&mut self.head, other.head)] {
+        fn add<T: Ord>(mine: &mut Vec<T>, theirs: Vec<T>) {
             mine.extend(theirs);
             mine.sort_unstable();
             mine.dedup();
         }
-        self.mixes.extend(other.mixes);
-        self.mixes.sort_unstable();
-        self.mixes.dedup();
+        add(&mut self.qk, other.qk);
+        add(&mut self.vo, other.vo);
+        add(&mut self.head, other.head);
+        add(&mut self.mixes, other.mixes);
+        add(&mut self.logits, other.logits);
     }
 }
 
@@ -110,60 +118,67 @@ fn fused(graph: &Graph, axes: &Axes, id: NodeId, place: usize) -> AttentionLayer
     let qk = sinks_at(axes, id, &keys);
     let head = difference(&intersection(&intersection(&keys, &values), &result), &qk);
     let vo = difference(&difference(&intersection(&values, &result), &keys), &qk);
-    layer(axes, id, id, vec![id], place, qk, vo, head)
+    let new = AttentionLayer::new(vec![id], id, vec![id], place);
+    AttentionLayer { qk: sized(axes, qk), vo: sized(axes, vo), head: sized(axes, head), ..new }
 }
 
 fn spelled_out(
     graph: &Graph,
     facts: &Facts,
     axes: &Axes,
+    weights: &BTreeSet<ClassId>,
     depends: &SideMap<ValueId, bool>,
+    places: &[usize],
     softmax: NodeId,
-) -> Vec<AttentionLayer> {
-    let mixes = products_behind(graph, facts, depends, softmax);
-    let place_of = |id: NodeId| graph.order().iter().position(|n| *n == id).unwrap_or(0);
+) -> Option<AttentionLayer> {
+    let walk = Walk { graph, facts, axes, depends, softmax };
+    let (logits, mixes) = (walk.products_before(), walk.products_behind());
+    let classes_at = |id, slot| axes.carrier_at(graph, id, slot).map_or_else(BTreeSet::new, |c| classes_of(axes, c));
     let (mut values, mut results) = (BTreeSet::new(), BTreeSet::new());
+    let mut matrix = classes_at(softmax, Slot::In(0));
     for (mix, probabilities) in &mixes {
         for slot in (0..graph.node(*mix).inputs().len()).filter(|s| s != probabilities) {
-            values.extend(axes.carrier_at(graph, *mix, Slot::In(slot)).map(|c| classes_of(axes, c)).unwrap_or_default());
+            values.extend(classes_at(*mix, Slot::In(slot)));
         }
-        results.extend(axes.carrier_at(graph, *mix, Slot::Out(0)).map(|c| classes_of(axes, c)).unwrap_or_default());
+        matrix.extend(classes_at(*mix, Slot::In(*probabilities)));
+        results.extend(classes_at(*mix, Slot::Out(0)));
     }
-    let mixed = intersection(&values, &results);
-    let logits = products_before(graph, facts, depends, softmax);
-    let nodes: Vec<NodeId> = mixes.iter().map(|(n, _)| *n).collect();
-    logits
-        .into_iter()
-        .map(|product| {
-            let side = |slot| axes.carrier_at(graph, product, Slot::In(slot)).map_or_else(BTreeSet::new, |c| classes_of(axes, c));
-            let (left, right) = operands(graph.node(product).op());
-            let (a, b) = (side(left), side(right));
-            let both = intersection(&a, &b);
-            let qk = sinks_at(axes, product, &both);
-            // Tokens are around both products too, but the softmax is normalized over them.
-            let normalized = |c: &ClassId| axes.classes()[*c].barriers.iter().any(|b| b.node == Some(softmax));
-            let mut head = difference(&intersection(&both, &mixed), &qk);
-            head.retain(|c| !normalized(c));
-            let either = a.union(&b).copied().collect();
-            let vo = difference(&difference(&mixed, &either), &qk);
-            layer(axes, product, softmax, nodes.clone(), place_of(product), qk, vo, head)
-        })
-        .collect()
+    let (mut qk, mut either) = (BTreeSet::new(), BTreeSet::new());
+    for product in &logits {
+        let (left, right) = operands(graph.node(*product).op());
+        let (a, b) = (classes_at(*product, Slot::In(left)), classes_at(*product, Slot::In(right)));
+        let both = intersection(&a, &b);
+        let contracted = sinks_at(axes, *product, &both);
+        matrix.extend(difference(&both, &contracted));
+        qk.extend(contracted);
+        either.extend(a);
+        either.extend(b);
+    }
+    // What the result has of the attention matrix alone: its rows. Tokens, but for cross-covariance and factorized attention.
+    let rows = intersection(&difference(&results, &values), weights);
+    let into_weight = |c: &ClassId| super::group::ends_in_weight(axes, &axes.classes()[*c]);
+    let (into_weights, others): (BTreeSet<_>, BTreeSet<_>) = rows.iter().copied().partition(into_weight);
+    let into_activations = others.into_iter().filter(|c| !axes.classes()[*c].sinks.is_empty()).collect();
+    let carried = intersection(&values, &results);
+    let mut vo = difference(&difference(&difference(&carried, &either), &matrix), &qk);
+    // Factorized attention may tie the dims of queries and keys to those of the values: such a class is no head.
+    let (tied, mut head): (BTreeSet<_>, BTreeSet<_>) =
+        difference(&intersection(&matrix, weights), &rows).into_iter().partition(|c| walk.ends_between_activations(*c));
+    vo.extend(intersection(&tied, &carried).into_iter().filter(into_weight));
+    head.retain(|c| !qk.contains(c) && !walk.is_token(*c) && (values.contains(c) || into_weight(c)));
+    let ids: Vec<NodeId> = mixes.iter().map(|(n, _)| *n).collect();
+    let place = logits.iter().map(|id| places[id.index()]).fold(places[softmax.index()], usize::min);
+    let layer = AttentionLayer {
+        qk: sized(axes, qk.union(&into_activations).copied().collect()),
+        vo: sized(axes, vo.union(&into_weights).copied().collect()),
+        head: sized(axes, head),
+        ..AttentionLayer::new(logits, softmax, ids, place)
+    };
+    (!layer.logits.is_empty() || !layer.mixes.is_empty()).then_some(layer)
 }
 
-#[allow(clippy::too_many_arguments, reason = "gathers the parts of one record")]
-fn layer(
-    axes: &Axes,
-    logits: NodeId,
-    softmax: NodeId,
-    mixes: Vec<NodeId>,
-    place: usize,
-    qk: BTreeSet<ClassId>,
-    vo: BTreeSet<ClassId>,
-    head: BTreeSet<ClassId>,
-) -> AttentionLayer {
-    let sized = |set: BTreeSet<ClassId>| set.into_iter().filter(|c| axes.classes()[*c].size.is_some()).collect();
-    AttentionLayer { logits, softmax, mixes, place, qk: sized(qk), vo: sized(vo), head: sized(head) }
+fn sized(axes: &Axes, classes: BTreeSet<ClassId>) -> Vec<ClassId> {
+    classes.into_iter().filter(|c| axes.classes()[*c].size.is_some()).collect()
 }
 
 fn classes_of(axes: &Axes, carrier: CarrierId) -> BTreeSet<ClassId> {
@@ -193,54 +208,85 @@ fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     multiplies && rank(left) > 2 && rank(right) > 2
 }
 
-/// Whether the node multiplies an activation of rank 4 or more with a small weight: heads mixed before or after the softmax.
-fn mixes_heads(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> bool {
-    let node = graph.node(id);
-    node.op() == "MatMul"
-        && node.input(1).is_some_and(|w| !depends[w] && graph.constant(w).is_some_and(|t| t.dims.iter().all(|d| *d <= 64)))
+fn is_softmax(op: &str) -> bool {
+    matches!(op, "Softmax" | "QLinearSoftmax")
 }
 
-/// Products of two activations that reach the softmax's input.
-fn products_before(graph: &Graph, facts: &Facts, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<NodeId> {
-    let mut found = Vec::new();
-    let mut seen = BTreeSet::new();
-    let mut stack: Vec<ValueId> = graph.node(softmax).input(0).into_iter().collect();
-    while let Some(v) = stack.pop() {
-        let Some((id, _)) = graph.value(v).producer() else { continue };
-        if !depends[v] || !seen.insert(id) {
-            continue;
-        }
-        if is_product(graph, facts, id) {
-            found.push(id);
-        } else if passes(graph, depends, id) {
-            stack.extend(graph.node(id).inputs().iter().flatten().filter(|v| depends[**v]));
-        }
+/// Looks for the products around a softmax.
+struct Walk<'a> {
+    graph: &'a Graph,
+    facts: &'a Facts,
+    axes: &'a Axes,
+    depends: &'a SideMap<ValueId, bool>,
+    softmax: NodeId,
+}
+
+impl Walk<'_> {
+    /// Whether the softmax is normalized over the class: keys, or dims of keys.
+    fn is_normalized(&self, class: ClassId) -> bool {
+        self.axes.classes()[class].barriers.iter().any(|b| b.node == Some(self.softmax))
     }
-    found.sort_unstable();
-    found
-}
 
-/// Products of the softmax's result with another activation, and the slot that the result has there.
-fn products_behind(graph: &Graph, facts: &Facts, depends: &SideMap<ValueId, bool>, softmax: NodeId) -> Vec<(NodeId, usize)> {
-    let mut found = Vec::new();
-    let mut seen = BTreeSet::new();
-    let mut stack: Vec<Use> = graph.node(softmax).output(0).map(|v| graph.value(v).users().to_vec()).unwrap_or_default();
-    while let Some(Use { node: id, slot }) = stack.pop() {
-        if !seen.insert(id) {
-            continue;
-        }
-        if is_product(graph, facts, id) {
-            found.push((id, slot));
-        } else if passes(graph, depends, id) {
-            stack.extend(graph.node(id).outputs().iter().flatten().flat_map(|v| graph.value(*v).users().to_vec()));
-        }
+    /// Whether any softmax is normalized over the class. Windows of one layer are parts of the keys of another.
+    fn is_token(&self, class: ClassId) -> bool {
+        let softmax = |id: NodeId| is_softmax(self.graph.node(id).op());
+        self.axes.classes()[class].barriers.iter().any(|b| b.node.is_some_and(softmax))
     }
-    found.sort_unstable_by_key(|(id, _)| id.index());
-    found
-}
 
-fn passes(graph: &Graph, depends: &SideMap<ValueId, bool>, id: NodeId) -> bool {
-    let node = graph.node(id);
-    let passed = if node.domain().is_empty() { PASSED.contains(&node.op()) } else { PASSED_QUANTIZED.contains(&node.op()) };
-    passed || mixes_heads(graph, depends, id)
+    /// Whether the class is contracted between two activations.
+    fn ends_between_activations(&self, class: ClassId) -> bool {
+        let data = |id, slot| self.axes.carrier_at(self.graph, id, slot).is_some_and(|c| !self.axes.carriers()[c].constant);
+        self.axes.classes()[class].sinks.iter().any(|s| s.b.is_some_and(|b| data(s.node, s.a.0) && data(s.node, b.0)))
+    }
+
+    /// Products of two activations that reach the softmax's input.
+    fn products_before(&self) -> Vec<NodeId> {
+        let mut found = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let mut stack: Vec<ValueId> = self.graph.node(self.softmax).input(0).into_iter().collect();
+        while let Some(v) = stack.pop() {
+            let Some((id, _)) = self.graph.value(v).producer() else { continue };
+            if !self.depends[v] || !seen.insert(id) {
+                continue;
+            }
+            if is_product(self.graph, self.facts, id) {
+                found.insert(id);
+            } else if self.passes(id) {
+                stack.extend(self.graph.node(id).inputs().iter().flatten().filter(|v| self.depends[**v]));
+            }
+        }
+        found.into_iter().collect()
+    }
+
+    /// Products of the softmax's result with another activation, and the slot that the result has there.
+    fn products_behind(&self) -> Vec<(NodeId, usize)> {
+        let mut found = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        let users = |v: &ValueId| self.graph.value(*v).users().to_vec();
+        let mut stack: Vec<Use> = self.graph.node(self.softmax).output(0).iter().flat_map(users).collect();
+        while let Some(Use { node: id, slot }) = stack.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            if is_product(self.graph, self.facts, id) {
+                found.insert((id, slot));
+            } else if self.passes(id) {
+                stack.extend(self.graph.node(id).outputs().iter().flatten().flat_map(users));
+            }
+        }
+        found.into_iter().collect()
+    }
+
+    /// Whether a node passes logits or probabilities on: position by position, or mixing heads while it keeps the keys.
+    fn passes(&self, id: NodeId) -> bool {
+        let node = self.graph.node(id);
+        let keeps_keys = || {
+            let slots = (0..node.inputs().len()).filter(|s| node.input(*s).is_some_and(|v| self.depends[v]));
+            let mut carriers = slots.filter_map(|s| self.axes.carrier_at(self.graph, id, Slot::In(s)));
+            carriers.any(|c| classes_of(self.axes, c).into_iter().any(|class| self.is_normalized(class)))
+        };
+        let standard = node.domain().is_empty();
+        let passed = if standard { PASSED } else { PASSED_QUANTIZED };
+        passed.contains(&node.op()) || (standard && keeps_keys())
+    }
 }

@@ -1,14 +1,16 @@
 //! A group: the class that is cut, the classes that it is nested in, and its units.
 //!
 //! Units are numbered head by head: unit `h * width + e`. The class of a rotary q holds `width / 2` pairs; its units are the stored
-//! dims, and [`Group::bundle`] says which of them go together.
+//! dims of all heads, and [`Group::bundle`] says which of them go together: the two of a pair, and where heads must keep the same
+//! dims (one fused rotation for all of them, query heads that share a key) those of every head.
 
+use super::nest::{self, Nest};
 use crate::axes::relation::Slot;
-use crate::axes::{Axes, AxisOf, Class, ClassId, Of, Region};
-use crate::graph::{Graph, NodeId, Use, ValueId};
+use crate::axes::{Axes, AxisOf, CarrierId, Class, ClassId, Of, Region, SinkSite};
+use crate::graph::{Graph, Id, NodeId, Use, ValueId};
 use crate::infer::Facts;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a group is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -85,12 +87,18 @@ pub struct Group {
     pub nest: Vec<(ClassId, usize)>,
     /// The class that is cut.
     pub leaf: ClassId,
-    /// Coordinate in the class of each stored dim of one head: `0, 1, ..` unless dims go together.
+    /// Heads that keep the same dims, in every position of `nest`; empty unless dims go in pairs.
+    pub sharers: Vec<(ClassId, usize)>,
+    /// Coordinate in the class of each stored dim of one position of `nest`: `0, 1, ..` unless dims go together.
     pub stored: Vec<usize>,
     /// Coordinates of the class that stay or go together, because a weight stores them in blocks: `n * run` to `n * run + run - 1`.
     pub run: usize,
     /// Heads of the layer, for `qk` and `vo`.
     pub heads: Option<usize>,
+    /// Constants that hold one value for all heads, which keep different dims: they stay whole.
+    pub aside: BTreeSet<CarrierId>,
+    /// Where those are multiplied with what has heads: there each head takes its own dims.
+    pub spread: Vec<Use>,
     /// Where gates enter.
     pub sites: Vec<Site>,
     /// The constants that it cuts.
@@ -106,6 +114,16 @@ impl Group {
     /// Number of units.
     pub fn units(&self) -> usize {
         self.nest_count() * self.stored.len()
+    }
+
+    /// Heads of one position of `nest`.
+    pub fn sharing(&self) -> usize {
+        self.sharers.iter().map(|(_, n)| n).product()
+    }
+
+    /// Stored dims of one head.
+    pub fn width(&self) -> usize {
+        self.stored.len() / self.sharing().max(1)
     }
 
     /// Units that stay or go together with `unit`, itself included.
@@ -124,15 +142,9 @@ impl Group {
     ///
     /// Returns (row of the nest, coordinate of the leaf) of the position; `None` where the position is not of the group.
     pub fn locate(&self, region: &Region, offset: usize) -> Option<(usize, usize)> {
-        let mut rest = offset;
-        let mut coordinates = Vec::with_capacity(region.factors.len());
-        for (class, size) in region.factors.iter().rev() {
-            coordinates.push((*class, rest % size));
-            rest /= size;
-        }
-        let of = |class: ClassId| coordinates.iter().find(|(c, _)| *c == class).map(|(_, at)| *at);
-        let leaf = of(self.leaf)?;
-        let row = self.nest.iter().try_fold(0, |row, (class, size)| of(*class).map(|at| row * size + at))?;
+        let coordinates = region.coordinates(offset);
+        let leaf = *coordinates.get(&self.leaf)?;
+        let row = self.nest.iter().try_fold(0, |row, (class, size)| coordinates.get(class).map(|at| row * size + at))?;
         Some((row, leaf))
     }
 }
@@ -141,24 +153,16 @@ impl Group {
 pub(super) fn build(graph: &Graph, facts: &Facts, axes: &Axes, kind: Kind, layer: usize, leaf: ClassId) -> Option<Group> {
     let class = &axes.classes()[leaf];
     let size = class.size?;
-    let nest = if matches!(kind, Kind::Qk | Kind::Vo) { nest_of(axes, leaf) } else { Vec::new() };
-    let stored = if kind == Kind::Qk { stored_dims(graph, axes, leaf, size) } else { (0..size).collect() };
-    let heads = match kind {
-        Kind::Qk | Kind::Vo => Some(nest.iter().map(|(_, n)| n).product::<usize>().max(1)),
-        Kind::Head | Kind::Mlp | Kind::Channel | Kind::Token => None,
-    };
-    let mut group = Group {
-        id: String::new(),
-        kind,
-        layer,
-        nest,
-        leaf,
-        stored,
-        run: class.run,
-        heads,
-        sites: Vec::new(),
-        cuts: cuts_of(axes, leaf),
-    };
+    let in_heads = matches!(kind, Kind::Qk | Kind::Vo);
+    let Nest { classes: nest, aside, spread } = if in_heads { nest::of(graph, axes, leaf) } else { Nest::default() };
+    let dims = if kind == Kind::Qk { stored_dims(graph, axes, leaf, size) } else { (0..size).collect() };
+    let sharers = if dims.len() > size { nest::sharers(graph, axes, leaf, &nest) } else { Vec::new() };
+    let count = |heads: &[(ClassId, usize)]| heads.iter().map(|(_, n)| n).product::<usize>();
+    let heads = in_heads.then(|| count(&nest) * count(&sharers));
+    let stored = (0..count(&sharers)).flat_map(|_| dims.iter().copied()).collect();
+    let cuts = cuts_of(axes, leaf, &aside);
+    let (id, run, sites) = (String::new(), class.run, Vec::new());
+    let mut group = Group { id, kind, layer, nest, leaf, sharers, stored, run, heads, aside, spread, sites, cuts };
     for sink in &class.sinks {
         let site = site_of(graph, facts, axes, &group, sink.node, sink.a.0, sink.b.map(|b| b.0))?;
         if !group.sites.contains(&site) {
@@ -176,9 +180,12 @@ pub(super) fn of_tokens(site: &super::TokenSite) -> Group {
         layer: site.layer,
         nest: Vec::new(),
         leaf: ClassId::MAX,
+        sharers: Vec::new(),
         stored: (0..site.count).collect(),
         run: 1,
         heads: None,
+        aside: BTreeSet::new(),
+        spread: Vec::new(),
         sites: Vec::new(),
         cuts: Vec::new(),
     }
@@ -195,40 +202,7 @@ pub(super) fn number(groups: &mut [Group]) {
     }
 }
 
-/// Classes that stand beside the leaf wherever it occurs, on the same axis and outside of it in every constant: each of their
-/// positions may keep different dims. Inside of it (`E x H`) what stays would not be a block of `E' x H` any more.
-fn nest_of(axes: &Axes, leaf: ClassId) -> Vec<(ClassId, usize)> {
-    let class = &axes.classes()[leaf];
-    let mut common: Option<Vec<(ClassId, usize)>> = None;
-    for member in &class.members {
-        let at = (member.carrier, member.axis);
-        let beside: Vec<(ClassId, usize)> = if axes.carriers()[member.carrier].constant {
-            let factors = axes.region(at, member.case).map(|r| r.factors).unwrap_or_default();
-            factors.into_iter().take_while(|(c, _)| *c != leaf).collect()
-        } else {
-            let all = axes.classes_in_case(member.carrier, member.case);
-            all.into_iter().map(|(_, c)| (c, axes.classes()[c].size.unwrap_or(0))).collect()
-        };
-        let keep = |c: &(ClassId, usize)| c.0 != leaf && c.1 > 1 && beside.contains(c);
-        common = Some(match common {
-            None => beside.iter().copied().filter(keep).collect(),
-            Some(old) => old.into_iter().filter(|c| keep(c)).collect(),
-        });
-    }
-    // In the order of a constant's axis, each class once.
-    let constant = class.members.iter().find(|m| axes.carriers()[m.carrier].constant);
-    let order = constant.and_then(|m| axes.region((m.carrier, m.axis), m.case)).map(|r| r.factors).unwrap_or_default();
-    let common = common.unwrap_or_default();
-    let mut nest: Vec<(ClassId, usize)> = Vec::new();
-    for factor in order {
-        if common.contains(&factor) && !nest.contains(&factor) {
-            nest.push(factor);
-        }
-    }
-    nest
-}
-
-/// Coordinates of the stored dims along the contracted axis: `0..size`, or each coordinate as often as it occurs there.
+/// Coordinates of the stored dims of one head along the contracted axis: `0..size`, or each coordinate as often as it occurs there.
 fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<usize> {
     let class = &axes.classes()[leaf];
     let mut best: Option<Vec<usize>> = None;
@@ -252,30 +226,53 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
     best.unwrap_or_else(|| (0..size).collect())
 }
 
-/// The operand that a gate multiplies: an activation, of two the first.
+/// The operand that a gate multiplies: an activation, of two the first that has all heads. Where all are computed from constants (an
+/// MLP that makes a table of relative positions), one that is computed.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
-    let candidates = std::iter::once(a).chain(b).chain((0..graph.node(node).inputs().len()).map(Slot::In));
-    for slot in candidates {
-        let Slot::In(number) = slot else { continue };
-        let Some(carrier) = axes.carrier_at(graph, node, slot) else { continue };
-        if axes.carriers()[carrier].constant {
-            continue;
-        }
+    let operands: Vec<(usize, CarrierId)> = std::iter::once(a)
+        .chain(b)
+        .chain((0..graph.node(node).inputs().len()).map(Slot::In))
+        .filter_map(|slot| match slot {
+            Slot::In(number) => axes.carrier_at(graph, node, slot).map(|c| (number, c)),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        })
+        .collect();
+    let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
+    let computed = |n: &usize| {
+        graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v)) && is_hidden_in_constants(graph, axes, group)
+    };
+    let mut best: Option<Site> = None;
+    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
         let rank = axes.carriers()[carrier].shape.len();
         let holds = |axis: &usize| {
             let on = axes.classes_on((carrier, *axis));
-            on.contains(&group.leaf) || group.nest.iter().any(|(c, _)| on.contains(c))
+            on.contains(&group.leaf) || group.nest.iter().chain(&group.sharers).any(|(c, _)| on.contains(c))
         };
         let gate_axes: Vec<usize> = (0..rank).filter(holds).collect();
         let index = site_index(facts, axes, group, carrier, &gate_axes, graph.node(node).input(number)?);
-        if let Some(index) = index.filter(|i| i.iter().any(Option::is_some)) {
-            return Some(Site { at: Use { node, slot: number }, axes: gate_axes, index });
+        let Some(index) = index.filter(|i| i.iter().any(Option::is_some)) else { continue };
+        if best.as_ref().is_none_or(|b| b.index.len() < index.len()) {
+            best = Some(Site { at: Use { node, slot: number }, axes: gate_axes, index });
         }
     }
-    None
+    best
 }
 
-/// Unit of each position of the row-major product of `gate_axes`.
+/// Whether the group is what lies between two weights of an MLP over constants. Most that is computed from constants is none: object
+/// queries, position tables.
+fn is_hidden_in_constants(graph: &Graph, axes: &Axes, group: &Group) -> bool {
+    let class = &axes.classes()[group.leaf];
+    let out_of = |sink: &SinkSite| {
+        std::iter::once(sink.a).chain(sink.b).any(|(slot, axis)| {
+            let carrier = axes.carrier_at(graph, sink.node, slot);
+            class.members.iter().any(|m| axes.carriers()[m.carrier].constant && Some(m.carrier) == carrier && m.axis != axis)
+        })
+    };
+    group.kind == Kind::Mlp && class.sinks.len() == 1 && axes.classes().iter().flat_map(|c| &c.sinks).any(out_of)
+}
+
+/// Unit of each position of the row-major product of `gate_axes`. Of a first axis of symbolic size (`batch * heads`) only what lies
+/// behind the symbol counts: the gate repeats along it.
 fn site_index(
     facts: &Facts,
     axes: &Axes,
@@ -285,10 +282,17 @@ fn site_index(
     v: ValueId,
 ) -> Option<Vec<Option<usize>>> {
     let shape = facts.shape(v)?;
-    let sizes: Vec<usize> = gate_axes.iter().map(|a| shape[*a].size()).collect::<Option<_>>()?;
+    let region = |axis: &usize, case: usize| {
+        let at = (carrier, *axis);
+        if gate_axes.first() == Some(axis) { axes.inner_region(at, case) } else { axes.region(at, case) }
+    };
+    let all_cases: Vec<Vec<Region>> = (0..axes.case_count(carrier))
+        .map(|case| gate_axes.iter().map(|a| region(a, case)).collect::<Option<_>>())
+        .collect::<Option<_>>()?;
+    let behind = |n: usize| all_cases.iter().flat_map(|r| &r[n].positions).max().map_or(1, |p| p + 1);
+    let sizes: Vec<usize> = gate_axes.iter().enumerate().map(|(n, a)| shape[*a].size().unwrap_or_else(|| behind(n))).collect();
     let mut index = vec![None; sizes.iter().product()];
-    for case in 0..axes.case_count(carrier) {
-        let regions: Vec<Region> = gate_axes.iter().map(|a| axes.region((carrier, *a), case)).collect::<Option<_>>()?;
+    for regions in &all_cases {
         let joined = Region {
             positions: regions.iter().zip(&sizes).fold(vec![0], |base, (r, size)| {
                 base.iter().flat_map(|b| r.positions.iter().map(move |p| b * size + p)).collect()
@@ -297,27 +301,29 @@ fn site_index(
         };
         for (offset, position) in joined.positions.iter().enumerate() {
             if let Some((row, leaf)) = group.locate(&joined, offset) {
-                index[*position] = Some((row, leaf));
+                let at = joined.coordinates(offset);
+                let head = group.sharers.iter().fold(0, |head, (c, n)| head * n + at.get(c).copied().unwrap_or(0));
+                index[*position] = Some((row, head, leaf));
             }
         }
     }
     // Stored dims of one coordinate are told apart by their order along the axis.
-    let mut seen: std::collections::BTreeMap<(usize, usize), usize> = std::collections::BTreeMap::new();
-    let width = group.stored.len();
-    let unit = |(row, leaf): (usize, usize), seen: &mut std::collections::BTreeMap<(usize, usize), usize>| {
+    let mut seen: BTreeMap<(usize, usize, usize), usize> = BTreeMap::new();
+    let width = group.width();
+    let mut unit = |(row, head, leaf): (usize, usize, usize)| {
         let same: Vec<usize> = (0..width).filter(|s| group.stored[*s] == leaf).collect();
-        let n = seen.entry((row, leaf)).or_insert(0);
+        let n = seen.entry((row, head, leaf)).or_insert(0);
         let stored = same[*n % same.len()];
         *n += 1;
-        row * width + stored
+        row * group.stored.len() + head * width + stored
     };
-    Some(index.into_iter().map(|at| at.map(|at| unit(at, &mut seen))).collect())
+    Some(index.into_iter().map(|at| at.map(&mut unit)).collect())
 }
 
-/// All constants with the class on an axis.
-fn cuts_of(axes: &Axes, leaf: ClassId) -> Vec<Cut> {
+/// All constants with the class on an axis, but those that stay whole.
+fn cuts_of(axes: &Axes, leaf: ClassId, aside: &BTreeSet<CarrierId>) -> Vec<Cut> {
     let mut cuts = BTreeSet::new();
-    for member in &axes.classes()[leaf].members {
+    for member in axes.classes()[leaf].members.iter().filter(|m| !aside.contains(&m.carrier)) {
         match axes.carriers()[member.carrier].of {
             Of::Value(value) if axes.carriers()[member.carrier].constant => {
                 cuts.insert(Cut { value, reader: None, axis: member.axis });
@@ -356,6 +362,44 @@ pub(super) fn is_born(axes: &Axes, class: &Class) -> bool {
         .iter()
         .filter(constant)
         .any(|m| !ends.contains(&(m.carrier, m.axis)) && axes.carriers()[m.carrier].shape.iter().filter(|d| !d.is(1)).count() > 1)
+}
+
+/// Classes that come out of a weight: they occur on an axis of a constant that is contracted with data along another. The number of
+/// windows of an image, which a mask may have as an axis, is none of them.
+pub(super) fn grown_from_weights(graph: &Graph, axes: &Axes) -> BTreeSet<ClassId> {
+    let mut ends: BTreeMap<CarrierId, BTreeSet<usize>> = BTreeMap::new();
+    for sink in axes.classes().iter().flat_map(|c| &c.sinks) {
+        let Some(b) = sink.b else { continue };
+        let sides = [sink.a, b].map(|(slot, axis)| (axes.carrier_at(graph, sink.node, slot), axis));
+        let constant = |c: Option<CarrierId>| c.is_some_and(|c| axes.carriers()[c].constant);
+        for ((weight, axis), (data, _)) in [(sides[0], sides[1]), (sides[1], sides[0])] {
+            if let (Some(weight), true, false) = (weight, constant(weight), constant(data)) {
+                ends.entry(weight).or_default().insert(axis);
+            }
+        }
+    }
+    let mut grown = BTreeSet::new();
+    for (id, class) in axes.classes().iter().enumerate() {
+        let another = |m: &crate::axes::Member| ends.get(&m.carrier).is_some_and(|e| e.iter().any(|axis| *axis != m.axis));
+        if class.members.iter().any(another) {
+            grown.insert(id);
+        }
+    }
+    grown
+}
+
+/// A node that sees a value computed from constants as its own, of which the class cuts what the value itself is: one cut cannot
+/// serve both readers. With the axis there.
+pub(super) fn read_apart(graph: &Graph, axes: &Axes, class: &Class) -> Option<(NodeId, usize)> {
+    let reader_apart = |v: ValueId| {
+        let users = graph.value(v).users().iter();
+        let own = |at: &&Use| axes.carrier_at(graph, at.node, Slot::In(at.slot)).is_some_and(|c| c != v.index());
+        users.filter(own).map(|at| at.node).find(|n| !super::is_shape_only(graph, *n))
+    };
+    class.members.iter().find_map(|m| match axes.carriers()[m.carrier].of {
+        Of::Value(v) if axes.carriers()[m.carrier].constant && !graph.is_constant(v) => reader_apart(v).map(|n| (n, m.axis)),
+        _ => None,
+    })
 }
 
 /// Whether the class is contracted with a weight.

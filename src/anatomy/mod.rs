@@ -9,17 +9,18 @@
 
 mod attention;
 mod group;
+mod nest;
 mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
-pub use tokens::{FIXED, TokenSite};
+pub use tokens::{FIXED, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, ValueId};
 use crate::infer::Facts;
 use crate::ops;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Something that a user might expect to be cut, and why it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,12 +48,13 @@ pub struct Anatomy {
     /// Attention layers, from the input on.
     pub attention: Vec<AttentionLayer>,
     /// Places where the sequence can be shortened, from the input on.
-    pub tokens: Vec<TokenSite>,
+    pub tokens: TokenSites,
 }
 
 /// Names the classes of a graph.
 pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     let attention = attention_layers(graph, facts, &axes);
+    let grown = group::grown_from_weights(graph, &axes);
     let place = places(graph);
     let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
     let mut taken = BTreeSet::new();
@@ -72,26 +74,30 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
         .collect();
     rest.sort_unstable();
-    let (mut mlps, mut channels) = (0, 0);
     for (at, class) in rest {
-        let closed = axes.classes()[class].barriers.is_empty();
         let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
-        let counter = if kind == Kind::Channel { &mut channels } else { &mut mlps };
-        found.push((kind, *counter, class, at));
-        *counter += usize::from(closed);
+        // Counted below, where it is known which of them are groups.
+        found.push((kind, 0, class, at));
     }
-    let layers: Vec<_> = attention.iter().map(|a| (a.logits, a.softmax)).collect();
+    let layers: Vec<_> = attention.iter().map(|a| (a.logits.first().copied().unwrap_or(a.softmax), a.softmax)).collect();
     let (tokens, without) = tokens::token_sites(graph, facts, &layers);
     let mut anatomy = Anatomy { groups: Vec::new(), refused: Vec::new(), axes, attention, tokens };
     found.sort_by_key(|(kind, layer, class, at)| (*at, *kind, *layer, *class));
+    let mut counted: BTreeMap<Kind, usize> = BTreeMap::new();
     for (kind, layer, class, _) in found {
-        match refusal(graph, &anatomy.axes, kind, class) {
+        match refusal(graph, &anatomy.axes, kind, class, &grown) {
             Some(Some(refused)) if !anatomy.refused.contains(&refused) => anatomy.refused.push(refused),
             Some(_) => {}
-            None => anatomy.groups.extend(group::build(graph, facts, &anatomy.axes, kind, layer, class)),
+            None => {
+                let count = counted.entry(kind).or_insert(0);
+                let layer = if matches!(kind, Kind::Mlp | Kind::Channel) { *count } else { layer };
+                let group = group::build(graph, facts, &anatomy.axes, kind, layer, class);
+                *count += usize::from(group.is_some());
+                anatomy.groups.extend(group);
+            }
         }
     }
-    anatomy.groups.extend(anatomy.tokens.iter().map(group::of_tokens));
+    anatomy.groups.extend(anatomy.tokens.sites.iter().map(group::of_tokens));
     for (_, node, reason) in without {
         let refused =
             Refusal { kind: Kind::Token, node: graph.label(node), op: graph.node(node).op().to_string(), axis: 1, reason };
@@ -101,6 +107,12 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     }
     group::number(&mut anatomy.groups);
     anatomy
+}
+
+/// Whether a node reads shapes alone.
+fn is_shape_only(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
 }
 
 /// Position of each node in the order of the graph.
@@ -144,10 +156,15 @@ fn leads_to_weight(graph: &Graph, node: NodeId, is_matrix: &dyn Fn(ValueId) -> b
 }
 
 /// `None`: the class can be cut. `Some(None)`: it cannot, and nobody would expect it to. `Some(Some)`: a refusal to show.
-fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Option<Refusal>> {
+fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId, grown: &BTreeSet<ClassId>) -> Option<Option<Refusal>> {
     let c = &axes.classes()[class];
     let Some(barrier) = c.barriers.iter().find(|b| b.node.is_some()).or(c.barriers.first()) else {
         let usable = c.size.is_some_and(|s| s > 1) && !c.sinks.is_empty() && group::is_born(axes, c);
+        if let Some((reader, axis)) = group::read_apart(graph, axes, c).filter(|_| usable) {
+            let reason = "reads for itself what is computed from constants and cut for others".to_string();
+            let (node, op) = (graph.label(reader), graph.node(reader).op().to_string());
+            return Some(Some(Refusal { kind, node, op, axis, reason }));
+        }
         return if usable { None } else { Some(None) };
     };
     // The residual stream meets every layer; only what belongs to one layer would be expected to be cut.
@@ -155,6 +172,7 @@ fn refusal(graph: &Graph, axes: &Axes, kind: Kind, class: ClassId) -> Option<Opt
         Kind::Mlp | Kind::Channel => c.sinks.len() <= 2 && c.barriers.iter().all(|b| b.node.is_some()),
         Kind::Qk | Kind::Vo | Kind::Head | Kind::Token => c.size.is_none_or(|s| s > 1),
     };
+    let local = local && grown.contains(&class);
     let (node, op) = match barrier.node {
         Some(n) => (graph.label(n), graph.node(n).op().to_string()),
         None => (String::new(), String::new()),

@@ -10,9 +10,13 @@ use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 /// A position that holds no token of the site: it always stays.
 pub const FIXED: usize = usize::MAX;
+
+/// Axes of a value that may be those of a sequence: batch and tokens, in either order.
+const SITE_AXES: usize = 2;
 
 /// A place where the sequence can be shortened.
 #[derive(Clone, Debug)]
@@ -27,16 +31,58 @@ pub struct TokenSite {
     pub count: usize,
     /// Tokens that always stay.
     pub pinned: BTreeSet<usize>,
-    /// Token at each position of every axis behind the site that holds tokens.
+    /// Number of the stretch that begins here; [`TokenSites::behind`] gives all that lies behind.
+    pub stretch: usize,
+}
+
+/// What tokens pass from one value on: to the outputs, or to a value from which another stretch begins. Sites of a deep model
+/// share what lies behind all of them.
+#[derive(Clone, Debug, Default)]
+pub struct Stretch {
+    /// Token at each position of every axis that holds tokens.
     pub reach: BTreeMap<(ValueId, usize), Vec<usize>>,
-    /// Softmaxes behind the site, and the axis that they normalize, which holds tokens (keys).
+    /// Softmaxes, and the axis that they normalize, which holds tokens (keys).
     pub softmaxes: Vec<(NodeId, usize)>,
     /// Means over tokens.
     pub means: Vec<(NodeId, usize)>,
     /// Constants with a token axis.
     pub constants: Vec<(Use, usize, Vec<usize>)>,
-    /// Values that are zero where a key is masked: what comes from a softmax until it is contracted.
-    probabilities: BTreeSet<ValueId>,
+    /// The stretch into which all tokens go on, in their order.
+    next: Option<usize>,
+}
+
+/// All places where the sequence can be shortened, from the input on.
+#[derive(Clone, Debug, Default)]
+pub struct TokenSites {
+    /// The sites.
+    pub sites: Vec<TokenSite>,
+    stretches: Vec<Stretch>,
+}
+
+impl TokenSites {
+    /// Everything behind a site, nearest first.
+    pub fn behind(&self, site: &TokenSite) -> impl Iterator<Item = &Stretch> {
+        chain(&self.stretches, site.stretch)
+    }
+
+    /// Every stretch behind some of `sites` (given from the input on), once, with the place in the list of the last site before it;
+    /// later ones first. A value that occurs in several is behind the first of them.
+    pub fn last_before(&self, sites: &[&TokenSite]) -> Vec<(usize, &Stretch)> {
+        let mut seen = vec![false; self.stretches.len()];
+        let mut out = Vec::new();
+        for (number, site) in sites.iter().enumerate().rev() {
+            let mut at = Some(site.stretch);
+            while let Some(stretch) = at.filter(|s| !std::mem::replace(&mut seen[*s], true)) {
+                out.push((number, &self.stretches[stretch]));
+                at = self.stretches[stretch].next;
+            }
+        }
+        out
+    }
+}
+
+fn chain(stretches: &[Stretch], first: usize) -> impl Iterator<Item = &Stretch> {
+    std::iter::successors(stretches.get(first), |s| s.next.and_then(|n| stretches.get(n)))
 }
 
 /// Operators that keep a zero a zero, so that a masked key adds nothing behind them.
@@ -65,8 +111,19 @@ const KEEPS_ZERO: &[&str] = &[
     "DequantizeLinear",
 ];
 
-/// What a walk found, or the reason why the site is not legal.
-type Walk = Result<TokenSite, String>;
+/// The beginning of a stretch: a value and its token axis.
+type Start = (ValueId, usize);
+
+/// What a walk found: the tokens that always stay behind it, and its stretch; or the reason why it is not legal.
+type Walk = Result<(BTreeSet<usize>, usize), String>;
+
+/// A walk under way.
+struct Path {
+    pinned: BTreeSet<usize>,
+    stretch: Stretch,
+    /// Values that are zero where a key is masked: what comes from a softmax until it is contracted.
+    probabilities: BTreeSet<ValueId>,
+}
 
 struct Walker<'a> {
     graph: &'a Graph,
@@ -74,6 +131,14 @@ struct Walker<'a> {
     depends: SideMap<ValueId, bool>,
     /// Relations of each node, where its operator has a rule.
     relations: BTreeMap<NodeId, Relations>,
+    /// Place of each node in the order of the graph.
+    place: Vec<usize>,
+    /// Place of the last node that reads a value's elements; graph outputs are read behind all nodes.
+    last_read: SideMap<ValueId, usize>,
+    /// Tokens that were put into the sequence from constants, by the value and its axis.
+    origins: BTreeMap<Start, Rc<BTreeSet<usize>>>,
+    walks: BTreeMap<Start, Walk>,
+    stretches: Vec<Stretch>,
 }
 
 /// Finds the site before each attention layer; `layers` are the logits and softmax nodes, from the input on.
@@ -83,43 +148,29 @@ pub(super) fn token_sites(
     graph: &Graph,
     facts: &Facts,
     layers: &[(NodeId, NodeId)],
-) -> (Vec<TokenSite>, Vec<(usize, NodeId, String)>) {
-    let depends = depends_on_data(graph);
-    let walker = Walker { graph, facts, relations: relations_of(graph, facts), depends };
-    let dominators = dominators(graph, &walker.depends);
+) -> (TokenSites, Vec<(usize, NodeId, String)>) {
+    let mut walker = Walker::new(graph, facts);
+    let dominators = dominators(graph, &walker.depends, &walker.place);
+    // From the last layer on, so that each walk ends where it meets one that was made before: every node is walked over about once.
+    let mut found: Vec<_> =
+        layers.iter().rev().map(|(logits, softmax)| walker.site_before(*logits, *softmax, &dominators)).collect();
+    found.reverse();
     let (mut sites, mut refused) = (Vec::<TokenSite>::new(), Vec::new());
-    for (layer, (logits, softmax)) in layers.iter().enumerate() {
-        let mut reason = "no value before the block carries the whole sequence".to_string();
-        let mut found = None;
-        let mut at = dominators[*logits];
-        while let (Some(id), None) = (at, &found) {
-            let value = graph.node(id).output(0);
-            for axis in value.map_or(0..0, |v| 0..facts.shape(v).map_or(0, <[_]>::len).min(2)) {
-                let Some(v) = value.filter(|v| graph.value(*v).users().len() > 1) else { continue };
-                match walker.walk(layer, v, axis) {
-                    Ok(site) if site.softmaxes.iter().any(|(n, _)| n == softmax) => found = Some(site),
-                    Ok(_) => {}
-                    Err(r) => reason = r,
-                }
-            }
-            at = dominators[id];
-        }
+    for ((layer, (_, softmax)), found) in layers.iter().enumerate().zip(found) {
         match found {
-            Some(site) if sites.iter().any(|s| s.value == site.value) => {}
+            Ok(((value, _), ..)) if sites.iter().rev().any(|s| s.value == value) => {}
             // Sites follow each other along one sequence, so that a token that is gone stays gone.
-            Some(site) if sites.last().is_some_and(|last| !continues(last, &site)) => {
+            Ok((start, ..)) if sites.last().is_some_and(|last| !walker.continues(last, start)) => {
                 refused.push((layer, *softmax, "belongs to another sequence".to_string()));
             }
-            Some(site) => sites.push(site),
-            None => refused.push((layer, *softmax, reason)),
+            Ok(((value, axis), pinned, stretch)) => {
+                let count = walker.length((value, axis)).unwrap_or(0);
+                sites.push(TokenSite { layer, value, axis, count, pinned, stretch });
+            }
+            Err(reason) => refused.push((layer, *softmax, reason)),
         }
     }
-    (sites, refused)
-}
-
-/// Whether a later site stands on the sequence of an earlier one, with all of its tokens in order.
-fn continues(earlier: &TokenSite, later: &TokenSite) -> bool {
-    earlier.reach.get(&(later.value, later.axis)).is_some_and(|tokens| tokens.iter().copied().eq(0..earlier.count))
+    (TokenSites { sites, stretches: walker.stretches }, refused)
 }
 
 fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
@@ -135,17 +186,15 @@ fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
 }
 
 /// The nearest node that every path from the graph inputs to a node passes.
-fn dominators(graph: &Graph, depends: &SideMap<ValueId, bool>) -> SideMap<NodeId, Option<NodeId>> {
-    let mut place = vec![0usize; graph.node_capacity()];
+fn dominators(graph: &Graph, depends: &SideMap<ValueId, bool>, place: &[usize]) -> SideMap<NodeId, Option<NodeId>> {
     let mut idom: SideMap<NodeId, Option<NodeId>> = SideMap::filled(graph.node_capacity(), None);
-    for (i, (id, node)) in graph.nodes().enumerate() {
-        place[id.index()] = i;
+    for (id, node) in graph.nodes() {
         let mut meet: Option<Option<NodeId>> = None;
         for v in node.inputs().iter().flatten().filter(|v| depends[**v]) {
             let source = graph.value(*v).producer().map(|(n, _)| n);
             meet = Some(match meet {
                 None => source,
-                Some(other) => nearest_common(&idom, &place, other, source),
+                Some(other) => nearest_common(&idom, place, other, source),
             });
         }
         idom[id] = meet.flatten();
@@ -169,80 +218,180 @@ fn nearest_common(
     a
 }
 
-impl Walker<'_> {
-    fn walk(&self, layer: usize, value: ValueId, axis: usize) -> Walk {
-        let count = self.facts.shape(value).and_then(|s| s[axis].size()).filter(|n| *n > 1).ok_or("its length is not known")?;
-        let pinned = self.pinned_by_origin(value, axis, count);
-        let mut site = TokenSite {
-            layer,
-            value,
-            axis,
-            count,
-            pinned,
-            reach: BTreeMap::from([((value, axis), (0..count).collect())]),
-            softmaxes: Vec::new(),
-            means: Vec::new(),
-            constants: Vec::new(),
-            probabilities: BTreeSet::new(),
+impl<'a> Walker<'a> {
+    fn new(graph: &'a Graph, facts: &'a Facts) -> Self {
+        let mut walker = Self {
+            graph,
+            facts,
+            depends: depends_on_data(graph),
+            relations: relations_of(graph, facts),
+            place: super::places(graph),
+            last_read: SideMap::filled(graph.value_count(), 0),
+            origins: BTreeMap::new(),
+            walks: BTreeMap::new(),
+            stretches: Vec::new(),
         };
-        let start = self.graph.value(value).producer().map(|(n, _)| n);
-        let mut after = start.is_none();
-        for (id, node) in self.graph.nodes() {
-            if !after {
-                after = Some(id) == start;
-                continue;
+        for (id, node) in graph.nodes() {
+            if !super::is_shape_only(graph, id) {
+                for v in node.inputs().iter().flatten().chain(node.captures()) {
+                    walker.last_read[*v] = walker.place[id.index()];
+                }
             }
-            let rank = |v: &ValueId| self.facts.shape(*v).map_or(0, <[_]>::len);
-            let tagged = |v: &ValueId| (0..rank(v)).any(|a| site.reach.contains_key(&(*v, a)));
-            if node.captures().iter().any(tagged) {
-                return Err(format!("{} reads tokens inside a subgraph", self.graph.label(id)));
-            }
-            if node.inputs().iter().flatten().any(tagged) && !self.is_shape_only(id) {
-                self.step(&mut site, id)?;
+            walker.find_origins(id);
+        }
+        for v in graph.outputs() {
+            walker.last_read[*v] = usize::MAX;
+        }
+        walker
+    }
+
+    /// Number of tokens of an axis, where it is known and more than one.
+    fn length(&self, (value, axis): Start) -> Option<usize> {
+        self.facts.shape(value)?.get(axis)?.size().filter(|n| *n > 1)
+    }
+
+    /// Tokens that were put into the sequence from constants (class, distillation, registers): by this node, or before it.
+    fn find_origins(&mut self, id: NodeId) {
+        let (node, Some(relations)) = (self.graph.node(id), self.relations.get(&id)) else { return };
+        for v in node.outputs().iter().flatten().copied().filter(|v| self.depends[*v]) {
+            for axis in 0..self.facts.shape(v).map_or(0, <[_]>::len).min(SITE_AXES) {
+                let Some(length) = self.length((v, axis)) else { continue };
+                let put = relations.links.iter().filter_map(|link| match link {
+                    Link::Select { from: (Slot::In(i), _), to: (Slot::Out(0), to), index, at } => {
+                        let constant = node.input(*i).is_some_and(|x| !self.depends[x]);
+                        (*to == axis && node.op() == "Concat" && constant).then(|| *at..at + index.len())
+                    }
+                    _ => None,
+                });
+                let put: BTreeSet<usize> = put.flatten().collect();
+                let inputs = node.inputs().iter().flatten().filter(|x| self.length((**x, axis)) == Some(length));
+                let mut before: Vec<&Rc<BTreeSet<usize>>> = inputs.filter_map(|x| self.origins.get(&(*x, axis))).collect();
+                before.dedup_by(|a, b| Rc::ptr_eq(a, b));
+                let all = match before[..] {
+                    [] if put.is_empty() => continue,
+                    [one] if put.is_empty() => Rc::clone(one),
+                    _ => Rc::new(before.into_iter().flat_map(|b| b.iter().copied()).chain(put).collect()),
+                };
+                self.origins.insert((v, axis), all);
             }
         }
+    }
+
+    /// The nearest value before an attention layer from which tokens can be taken away; the tokens that always stay; its stretch.
+    fn site_before(
+        &mut self,
+        logits: NodeId,
+        softmax: NodeId,
+        dominators: &SideMap<NodeId, Option<NodeId>>,
+    ) -> Result<(Start, BTreeSet<usize>, usize), String> {
+        let mut reason = "no value before the block carries the whole sequence".to_string();
+        let mut at = dominators[logits];
+        while let Some(id) = at {
+            let value = self.graph.node(id).output(0).filter(|v| self.graph.value(*v).users().len() > 1);
+            for axis in value.map_or(0..0, |v| 0..self.facts.shape(v).map_or(0, <[_]>::len).min(SITE_AXES)) {
+                let Some(v) = value else { continue };
+                self.walk((v, axis));
+                match &self.walks[&(v, axis)] {
+                    Ok((pinned, stretch)) => {
+                        let holds = |s: &Stretch| s.softmaxes.iter().any(|(n, _)| *n == softmax);
+                        if chain(&self.stretches, *stretch).any(holds) {
+                            return Ok(((v, axis), pinned.clone(), *stretch));
+                        }
+                    }
+                    Err(r) => reason.clone_from(r),
+                }
+            }
+            at = dominators[id];
+        }
+        Err(reason)
+    }
+
+    /// Whether a later site stands on the sequence of an earlier one, with all of its tokens in order.
+    fn continues(&self, earlier: &TokenSite, later: Start) -> bool {
+        let tokens = chain(&self.stretches, earlier.stretch).find_map(|s| s.reach.get(&later));
+        tokens.is_some_and(|tokens| tokens.iter().copied().eq(0..earlier.count))
+    }
+
+    /// Walks from a start unless that was done.
+    fn walk(&mut self, start: Start) {
+        if !self.walks.contains_key(&start) {
+            let walk = self.new_walk(start);
+            self.walks.insert(start, walk);
+        }
+    }
+
+    fn new_walk(&mut self, start: Start) -> Walk {
+        let value = start.0;
+        let count = self.length(start).ok_or("its length is not known")?;
+        let pinned = self.origins.get(&start).map(|p| BTreeSet::clone(p)).unwrap_or_default();
+        let reach = BTreeMap::from([(start, (0..count).collect())]);
+        let stretch = Stretch { reach, ..Stretch::default() };
+        let mut path = Path { pinned, stretch, probabilities: BTreeSet::new() };
+        let rank = |v: &ValueId| self.facts.shape(*v).map_or(0, <[_]>::len);
+        let first = self.graph.value(value).producer().map_or(0, |(n, _)| self.place[n.index()] + 1);
+        // The place of the last node that reads what was reached: behind it there is nothing to be seen.
+        let mut horizon = self.last_read[value];
+        for (place, id) in self.graph.order().iter().enumerate().skip(first) {
+            if place > horizon {
+                break;
+            }
+            let node = self.graph.node(*id);
+            let tagged = |v: &ValueId| (0..rank(v)).any(|a| path.stretch.reach.contains_key(&(*v, a)));
+            if node.captures().iter().any(tagged) {
+                return Err(format!("{} reads tokens inside a subgraph", self.graph.label(*id)));
+            }
+            if !node.inputs().iter().flatten().any(tagged) || super::is_shape_only(self.graph, *id) {
+                continue;
+            }
+            self.step(&mut path, *id)?;
+            if horizon <= place
+                && let Some((next, walk)) = self.joined(&path, *id, count)
+            {
+                let (pinned, stretch) = walk.clone()?;
+                path.stretch.reach.remove(&next);
+                path.stretch.next = Some(stretch);
+                self.check_outputs(&path.stretch)?;
+                self.stretches.push(path.stretch);
+                return Ok((pinned, self.stretches.len() - 1));
+            }
+            let reached =
+                node.outputs().iter().flatten().filter(|v| (0..rank(v)).any(|a| path.stretch.reach.contains_key(&(**v, a))));
+            horizon = reached.map(|v| self.last_read[*v]).fold(horizon, usize::max);
+        }
+        self.check_outputs(&path.stretch)?;
+        if path.pinned.len() >= count {
+            return Err("all tokens are read one by one".into());
+        }
+        self.stretches.push(path.stretch);
+        Ok((path.pinned, self.stretches.len() - 1))
+    }
+
+    /// The walk that begins at the one output of a node, where all tokens went into it in order and nothing else holds any: from here on
+    /// both are the same.
+    fn joined(&self, path: &Path, id: NodeId, count: usize) -> Option<(Start, &Walk)> {
+        let [Some(v)] = self.graph.node(id).outputs() else { return None };
+        let mut axes = path.stretch.reach.range((*v, 0)..=(*v, usize::MAX));
+        let (Some((start, tokens)), None) = (axes.next(), axes.next()) else { return None };
+        let walk = self.walks.get(start)?;
+        let same_pinned = match self.origins.get(start) {
+            Some(p) => **p == path.pinned,
+            None => path.pinned.is_empty(),
+        };
+        let whole = tokens.len() == count && tokens.iter().copied().eq(0..count);
+        (whole && same_pinned && !path.probabilities.contains(v)).then_some((*start, walk))
+    }
+
+    fn check_outputs(&self, stretch: &Stretch) -> Result<(), String> {
         for v in self.graph.outputs() {
-            if site.reach.keys().any(|(x, _)| x == v) {
+            if stretch.reach.range((*v, 0)..=(*v, usize::MAX)).next().is_some() {
                 return Err(format!("graph output '{}' has the token axis", self.graph.value(*v).name()));
             }
         }
-        if site.pinned.len() >= count { Err("all tokens are read one by one".into()) } else { Ok(site) }
-    }
-
-    fn is_shape_only(&self, id: NodeId) -> bool {
-        let node = self.graph.node(id);
-        ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
-    }
-
-    /// Tokens that were put into the sequence from constants: class, distillation, registers.
-    fn pinned_by_origin(&self, value: ValueId, axis: usize, count: usize) -> BTreeSet<usize> {
-        let mut pinned = BTreeSet::new();
-        let mut stack = vec![value];
-        let mut seen = BTreeSet::new();
-        while let Some(v) = stack.pop() {
-            let Some((id, _)) = self.graph.value(v).producer() else { continue };
-            let same_length = self.facts.shape(v).and_then(|s| s.get(axis)).is_some_and(|d| d.size() == Some(count));
-            if !seen.insert(id) || !same_length || !self.depends[v] {
-                continue;
-            }
-            let node = self.graph.node(id);
-            let Some(relations) = self.relations.get(&id) else { continue };
-            for link in &relations.links {
-                if let Link::Select { from: (Slot::In(i), _), to: (Slot::Out(0), to), index, at } = link
-                    && *to == axis
-                    && node.op() == "Concat"
-                    && node.input(*i).is_some_and(|x| !self.depends[x])
-                {
-                    pinned.extend(*at..at + index.len());
-                }
-            }
-            stack.extend(node.inputs().iter().flatten());
-        }
-        pinned
+        Ok(())
     }
 
     /// Carries tokens over one node.
-    fn step(&self, site: &mut TokenSite, id: NodeId) -> Result<(), String> {
+    fn step(&self, path: &mut Path, id: NodeId) -> Result<(), String> {
         let node = self.graph.node(id);
         let label = || self.graph.label(id);
         let relations = self.relations.get(&id).ok_or_else(|| format!("{} has no rule for tokens", label()))?;
@@ -250,18 +399,18 @@ impl Walker<'_> {
         for (slot, v) in node.inputs().iter().enumerate() {
             let Some(v) = v else { continue };
             for axis in 0..self.facts.shape(*v).map_or(0, <[_]>::len) {
-                if let Some(tokens) = site.reach.get(&(*v, axis)) {
+                if let Some(tokens) = path.stretch.reach.get(&(*v, axis)) {
                     tags.insert((Slot::In(slot), axis), tokens.clone());
                 }
             }
         }
-        let masked = node.inputs().iter().flatten().any(|v| site.probabilities.contains(v));
+        let masked = node.inputs().iter().flatten().any(|v| path.probabilities.contains(v));
         if masked && !(node.domain().is_empty() && KEEPS_ZERO.contains(&node.op())) {
             return Err(format!("{} adds to what a masked key gives", label()));
         }
         for _ in 0..3 {
             for link in &relations.links {
-                self.follow(site, id, link, &mut tags)?;
+                self.follow(path, id, link, &mut tags)?;
             }
         }
         let contracts = relations.links.iter().any(|l| matches!(l, Link::Contract(a, _) if tags.contains_key(a)));
@@ -269,27 +418,27 @@ impl Walker<'_> {
             return Err(format!("{} sums over tokens outside an attention", label()));
         }
         if (masked && !contracts) || node.op() == "Softmax" {
-            site.probabilities.extend(node.outputs().iter().flatten());
+            path.probabilities.extend(node.outputs().iter().flatten());
         }
         for ((slot, axis), tokens) in tags {
-            if let (Slot::Out(o), true) = (slot, tokens.iter().any(|t| *t != FIXED && !site.pinned.contains(t)))
+            if let (Slot::Out(o), true) = (slot, tokens.iter().any(|t| *t != FIXED && !path.pinned.contains(t)))
                 && let Some(v) = node.output(o)
             {
-                site.reach.insert((v, axis), tokens);
+                path.stretch.reach.insert((v, axis), tokens);
             }
         }
         Ok(())
     }
 
-    fn follow(&self, site: &mut TokenSite, id: NodeId, link: &Link, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
+    fn follow(&self, path: &mut Path, id: NodeId, link: &Link, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
         match link {
             Link::Same(a, b) => {
-                self.equal(site, id, *a, *b, tags)?;
-                self.equal(site, id, *b, *a, tags)
+                self.equal(path, id, *a, *b, tags)?;
+                self.equal(path, id, *b, *a, tags)
             }
             Link::Contract(a, b) => {
-                self.equal(site, id, *a, *b, tags)?;
-                self.equal(site, id, *b, *a, tags)
+                self.equal(path, id, *a, *b, tags)?;
+                self.equal(path, id, *b, *a, tags)
             }
             Link::Sum(a) if tags.contains_key(a) => Err(format!("{} sums over tokens", self.graph.label(id))),
             Link::Sum(_) | Link::Unread(_) => Ok(()),
@@ -297,25 +446,28 @@ impl Walker<'_> {
                 Err(format!("{}: {reason}", self.graph.label(id)))
             }
             Link::Vanish(..) | Link::Blocks(..) => Ok(()),
-            Link::Regroup(a, b) => self.regroup(site, id, a, b, tags),
-            Link::Select { from, to, index, at } => self.select(site, id, *from, *to, index, *at, tags),
-            Link::Barrier(a, reason) if tags.contains_key(a) => self.barrier(site, id, *a, reason),
+            Link::Regroup(a, b) => self.regroup(path, id, a, b, tags),
+            Link::Select { from, to, index, at } => self.select(path, id, *from, *to, index, *at, tags),
+            Link::Barrier(a, reason) if tags.contains_key(a) => self.barrier(path, id, *a, reason),
             Link::Barrier(..) => Ok(()),
         }
     }
 
     /// `b` holds what `a` holds.
-    fn equal(&self, site: &mut TokenSite, id: NodeId, a: At, b: At, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
+    fn equal(&self, path: &mut Path, id: NodeId, a: At, b: At, tags: &mut BTreeMap<At, Vec<usize>>) -> Result<(), String> {
         let Some(tokens) = tags.get(&a).cloned() else { return Ok(()) };
+        // A token that stays whatever happens may have been carried on as something that is no token of the site.
+        let free =
+            |list: &[usize]| -> Vec<usize> { list.iter().map(|t| if path.pinned.contains(t) { FIXED } else { *t }).collect() };
         match (tags.get(&b), b.0) {
-            (Some(known), _) if *known == tokens => Ok(()),
+            (Some(known), _) if free(known) == free(&tokens) => Ok(()),
             (Some(_), _) => Err(format!("{} combines different selections of tokens", self.graph.label(id))),
             (None, Slot::In(slot)) => {
                 let v = self.graph.node(id).input(slot).ok_or("an input is missing")?;
                 if self.depends[v] {
                     return Err(format!("{} meets a sequence that is not shortened", self.graph.label(id)));
                 }
-                site.constants.push((Use { node: id, slot }, b.1, tokens.clone()));
+                path.stretch.constants.push((Use { node: id, slot }, b.1, tokens.clone()));
                 tags.insert(b, tokens);
                 Ok(())
             }
@@ -328,7 +480,7 @@ impl Walker<'_> {
 
     fn regroup(
         &self,
-        site: &mut TokenSite,
+        path: &mut Path,
         id: NodeId,
         a: &(Slot, Vec<usize>),
         b: &(Slot, Vec<usize>),
@@ -339,7 +491,7 @@ impl Walker<'_> {
             return Ok(());
         }
         match (a.1.as_slice(), b.1.as_slice()) {
-            ([x], [y]) => self.equal(site, id, (a.0, *x), (b.0, *y), tags),
+            ([x], [y]) => self.equal(path, id, (a.0, *x), (b.0, *y), tags),
             _ => Err(format!("{} regroups tokens (windows or a grid)", self.graph.label(id))),
         }
     }
@@ -347,7 +499,7 @@ impl Walker<'_> {
     #[allow(clippy::too_many_arguments, reason = "the fields of one relation")]
     fn select(
         &self,
-        site: &mut TokenSite,
+        path: &mut Path,
         id: NodeId,
         from: At,
         to: At,
@@ -358,11 +510,11 @@ impl Walker<'_> {
         let Some(tokens) = tags.get(&from).cloned() else { return Ok(()) };
         let picked: Vec<usize> = index.iter().map(|i| tokens[*i]).collect();
         let whole = picked.len() == tokens.len();
-        if !whole && (picked.len() == 1 || picked.iter().all(|t| *t == FIXED || site.pinned.contains(t))) {
-            site.pinned.extend(picked.iter().filter(|t| **t != FIXED));
+        if !whole && (picked.len() == 1 || picked.iter().all(|t| *t == FIXED || path.pinned.contains(t))) {
+            path.pinned.extend(picked.iter().filter(|t| **t != FIXED));
             return Ok(());
         }
-        let missing_is_pinned = tokens.iter().all(|t| picked.contains(t) || *t == FIXED || site.pinned.contains(t));
+        let missing_is_pinned = tokens.iter().all(|t| picked.contains(t) || *t == FIXED || path.pinned.contains(t));
         if !whole && !missing_is_pinned {
             return Err(format!("{} selects some of the tokens", self.graph.label(id)));
         }
@@ -374,11 +526,11 @@ impl Walker<'_> {
         Ok(())
     }
 
-    fn barrier(&self, site: &mut TokenSite, id: NodeId, at: At, reason: &str) -> Result<(), String> {
+    fn barrier(&self, path: &mut Path, id: NodeId, at: At, reason: &str) -> Result<(), String> {
         let node = self.graph.node(id);
-        let mut record = |list: fn(&mut TokenSite) -> &mut Vec<(NodeId, usize)>| {
-            if !list(site).contains(&(id, at.1)) {
-                list(site).push((id, at.1));
+        let mut record = |list: fn(&mut Stretch) -> &mut Vec<(NodeId, usize)>| {
+            if !list(&mut path.stretch).contains(&(id, at.1)) {
+                list(&mut path.stretch).push((id, at.1));
             }
         };
         match (node.op(), at.0) {

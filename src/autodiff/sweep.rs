@@ -109,6 +109,10 @@ impl Sweep<'_> {
             op: node.op().to_string(),
             reason,
         };
+        let is_float = |v: &Option<ValueId>| v.is_none_or(|v| self.facts.get(v).dtype.is_none_or(|d| d.is_float()));
+        if node.inputs().iter().zip(&wanted).any(|(v, wanted)| *wanted && !is_float(v)) {
+            return Err(refuse(self.graph, "it reads quantized numbers, which have no gradient: train the model before".into()));
+        }
         if captured {
             return Err(refuse(self.graph, "a subgraph reads a value that needs a gradient".into()));
         }

@@ -3,8 +3,8 @@
 //! Example: a weight with 3 x 64 rows in blocks of 32 gives the class of 64 runs of 32, so that a head loses half of its dims or none;
 //! heads may go one by one, because each is two blocks. In blocks of 128 neither could be cut.
 
+use super::cases::{ClassId, Region, Unified};
 use super::collect::{Barrier, Collected};
-use super::unify::{ClassId, Region, Unified};
 
 /// Gives every class that lies on an axis of blocks its run, or a barrier.
 pub(super) fn apply(all: &Collected, unified: &mut Unified) {

@@ -1,10 +1,11 @@
 //! Asks every operator for its relations, and decides which value each of them speaks of.
 //!
 //! A constant that several nodes combine with data is private to each reader (its own [`Carrier`]) unless it is contracted there: two layers
-//! that share one zero bias are not tied by it, two layers that share one weight matrix are.
+//! that share one zero bias are not tied by it, two layers that share one weight matrix are. So is what is computed from positions
+//! (rotary tables for the position ids of the run) where data is multiplied with it.
 
 use crate::axes::relation::{AxesCx, Blocks, Link, Relations, Slot};
-use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
+use crate::graph::{DType, Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, Axes as AxesRule};
 
@@ -13,7 +14,7 @@ use crate::ops::{self, Axes as AxesRule};
 pub enum Of {
     /// A value.
     Value(ValueId),
-    /// A shared constant, as this reader sees it.
+    /// A shared constant, or what is computed from positions, as this reader sees it.
     Private(ValueId, Use),
     /// A value that an operator computes inside itself.
     Virtual(NodeId, usize),
@@ -26,7 +27,7 @@ pub struct Carrier {
     pub of: Of,
     /// Its shape.
     pub shape: Vec<Dim>,
-    /// Whether its content depends on constants and shapes alone.
+    /// Whether its content depends on constants, shapes and positions alone.
     pub constant: bool,
 }
 
@@ -101,6 +102,14 @@ pub(super) struct Collected {
     pub(super) virtuals: SideMap<NodeId, usize>,
 }
 
+/// What values depend on.
+struct Origins {
+    /// On what is fed in, and not on shapes and constants alone.
+    data: SideMap<ValueId, bool>,
+    /// On integers that are fed in, and on no product of matrices.
+    positions: SideMap<ValueId, bool>,
+}
+
 /// Values whose content depends on what is fed in, and not on shapes and constants alone.
 pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
     let mut depends = SideMap::filled(graph.value_count(), false);
@@ -118,10 +127,13 @@ pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
 }
 
 pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
-    let depends = depends_on_data(graph);
+    let mut origins = Origins { data: depends_on_data(graph), positions: SideMap::filled(graph.value_count(), false) };
+    for v in graph.inputs() {
+        origins.positions[*v] = matches!(facts.get(*v).dtype, Some(DType::I64 | DType::I32));
+    }
     let carriers = graph
         .values()
-        .map(|(id, _)| Carrier { of: Of::Value(id), shape: facts.shape(id).unwrap_or(&[]).to_vec(), constant: !depends[id] })
+        .map(|(id, _)| Carrier { of: Of::Value(id), shape: facts.shape(id).unwrap_or(&[]).to_vec(), constant: !origins.data[id] })
         .collect();
     let mut all = Collected {
         carriers,
@@ -139,22 +151,23 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
     for v in graph.outputs() {
         all.bar_all(v.index(), None, "graph output");
     }
-    let said: Vec<(NodeId, Said)> = graph.nodes().map(|(id, _)| (id, said_by(graph, facts, id))).collect();
-    let weights = weights(graph, &said, &depends);
-    for (id, said) in said {
-        all.node(graph, id, said, &depends, &weights);
+    let said: Vec<(NodeId, Said)> = graph.nodes().map(|(id, _)| (id, said(graph, facts, id))).collect();
+    let weights = weights(graph, &said, &origins.data);
+    for (id, relations) in said {
+        all.node(graph, facts, id, relations, &weights, &mut origins);
     }
     all
 }
 
-/// What an operator says of its axes, or why it says nothing; `None` where it reads shapes only.
+/// What an operator says of its axes: nothing where it reads shapes alone, or why they are barriers.
 type Said = Option<Result<Relations, String>>;
 
-fn said_by(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
+fn said(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
     let node = graph.node(id);
+    let rule = ops::lookup(node.domain(), node.op());
     let opset = graph.opset(node.domain()).unwrap_or(0);
     let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-    match ops::lookup(node.domain(), node.op()).map(|r| &r.axes) {
+    match rule.map(|r| &r.axes) {
         Some(AxesRule::ShapeOnly) => None,
         Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
         Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
@@ -163,28 +176,40 @@ fn said_by(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
     }
 }
 
-/// Whether an operator contracts an input, or picks parts of it.
-fn takes_as_weight(said: &Said, slot: usize) -> bool {
-    matches!(said, Some(Ok(r)) if r.links.iter().any(|l| match l {
-        Link::Contract((a, _), (b, _)) => *a == Slot::In(slot) || *b == Slot::In(slot),
-        Link::Select { from: (a, _), .. } => *a == Slot::In(slot),
-        _ => false,
-    }))
+fn contracts(relations: &Relations, slot: usize) -> bool {
+    let at = Slot::In(slot);
+    relations.links.iter().any(|l| matches!(l, Link::Contract((a, _), (b, _)) if *a == at || *b == at))
 }
 
-/// Constants that are contracted, also behind operators that only pass them on (an Identity, a Transpose).
+fn takes_parts(relations: &Relations, slot: usize) -> bool {
+    relations.links.iter().any(|l| matches!(l, Link::Select { from: (a, _), .. } if *a == Slot::In(slot)))
+}
+
+/// Constants that some reader contracts, at once or behind nodes that only pass them on: an Identity for each use, where an exporter
+/// merged equal tensors, or a Transpose.
 fn weights(graph: &Graph, said: &[(NodeId, Said)], depends: &SideMap<ValueId, bool>) -> SideMap<ValueId, bool> {
     let mut weights = SideMap::filled(graph.value_count(), false);
-    for (id, said) in said.iter().rev() {
+    for (id, relations) in said.iter().rev() {
+        let Some(Ok(relations)) = relations else { continue };
         let node = graph.node(*id);
-        let passed_on = node.outputs().iter().flatten().any(|v| !depends[*v] && weights[*v]);
+        let behind = node.outputs().iter().flatten().any(|v| weights[*v]) && passes_one(relations);
         for (slot, v) in node.inputs().iter().enumerate() {
-            if let Some(v) = v.filter(|v| !depends[*v] && (passed_on || takes_as_weight(said, slot))) {
-                weights[v] = true;
+            if let Some(v) = v.filter(|v| !depends[*v]) {
+                weights[v] |= contracts(relations, slot) || behind;
             }
         }
     }
     weights
+}
+
+/// Whether the node only passes one of its inputs on.
+fn passes_one(relations: &Relations) -> bool {
+    let mut from = None;
+    relations.links.iter().all(|l| match l {
+        Link::Same((a, _), (Slot::Out(_), _)) | Link::Regroup((a, _), (Slot::Out(_), _)) => *from.get_or_insert(*a) == *a,
+        Link::Unread(_) => true,
+        _ => false,
+    })
 }
 
 impl Collected {
@@ -206,17 +231,31 @@ impl Collected {
     fn node(
         &mut self,
         graph: &Graph,
+        facts: &Facts,
         id: NodeId,
         relations: Said,
-        depends: &SideMap<ValueId, bool>,
         weights: &SideMap<ValueId, bool>,
+        origins: &mut Origins,
     ) {
         let node = graph.node(id);
-        // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one, also where readers pass
-        // it on to where it is contracted (an Identity for each layer, where an exporter merged equal tensors). Of a bias that
-        // is passed on so, each reader has its own.
+        // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
+        // a constant on (an Identity for each layer, where an exporter merged equal biases) tie those behind them if it is a weight.
+        let is_weight = |slot: usize| node.input(slot).is_some_and(|v| weights[v]);
+        let one_for_all = |slot: usize| is_weight(slot) || matches!(&relations, Some(Ok(r)) if takes_parts(r, slot));
+        let sums = matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
+            Link::Contract((Slot::In(slot), axis), _) => {
+                !node.input(*slot).and_then(|v| facts.shape(v)?.get(*axis)).is_some_and(|d| d.is(1))
+            }
+            Link::Contract(..) => true,
+            _ => false,
+        }));
+        let of_positions = |v: &ValueId| !origins.data[*v] || origins.positions[*v];
+        let only_positions = !sums && matches!(relations, Some(Ok(_))) && node.inputs().iter().flatten().all(of_positions);
+        for v in node.outputs().iter().flatten() {
+            origins.positions[*v] = only_positions && origins.data[*v];
+        }
         let inputs = node.inputs().iter().enumerate();
-        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, weights[v], depends)));
+        let inputs = inputs.map(|(slot, v)| v.map(|v| self.reader(graph, v, Use { node: id, slot }, one_for_all(slot), origins)));
         self.inputs[id] = inputs.collect();
         match relations {
             None => {}
@@ -234,13 +273,20 @@ impl Collected {
     }
 
     /// The carrier that a reader sees.
-    fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, one_for_all: bool, depends: &SideMap<ValueId, bool>) -> CarrierId {
-        let value = graph.value(v);
+    fn reader(&mut self, graph: &Graph, v: ValueId, at: Use, one_for_all: bool, origins: &Origins) -> CarrierId {
+        let (value, node) = (graph.value(v), graph.node(at.node));
         let shared = value.users().len() > 1 || graph.outputs().contains(&v);
-        if depends[v] || one_for_all || !shared {
+        let private = if origins.data[v] {
+            let of_data = node.outputs().iter().flatten().any(|o| origins.data[*o] && !origins.positions[*o]);
+            origins.positions[v] && of_data && ops::is_factor(node.domain(), node.op(), at.slot)
+        } else {
+            shared && !one_for_all
+        };
+        if !private {
             return v.index();
         }
-        self.carriers.push(Carrier { of: Of::Private(v, at), ..self.carriers[v.index()].clone() });
+        let shape = self.carriers[v.index()].shape.clone();
+        self.carriers.push(Carrier { of: Of::Private(v, at), shape, constant: true });
         self.carriers.len() - 1
     }
 

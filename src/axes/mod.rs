@@ -9,22 +9,24 @@
 
 mod apart;
 mod blocks;
+mod cases;
 mod collect;
+mod merge;
 mod partition;
 mod refine;
 pub mod relation;
 mod unify;
 mod vanish;
 
+pub use cases::{Class, ClassId, Member, Region};
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
-pub use unify::{Class, ClassId, Member, Region};
 
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, NodeId};
 use crate::infer::Facts;
+use cases::Unified;
 use collect::{Collected, Relation};
 use refine::Refiner;
-use unify::Unified;
 
 /// The result: carriers, the classes of factors their axes are made of, and what stands in the way of cutting them.
 pub struct Axes {
@@ -61,7 +63,10 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let plain: Vec<_> = pairs.iter().map(|(_, pair)| *pair).collect();
     let selects: Vec<&Relation> =
         collected.relations.iter().map(|(_, r)| r).filter(|r| matches!(r, Relation::Select { .. })).collect();
-    let partition = partition::partition(&refiner, &plain, &selects, &axis_number);
+    let carriers: Vec<_> = first_axis.windows(2).map(|w| w[0]..w[1]).collect();
+    let barred: Vec<usize> = collected.barriers.iter().map(|(at, _)| axis_number(*at)).collect();
+    let parts = partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
+    let partition = partition::partition(&parts, &axis_number);
     let with_ends: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
     let mut unified = unify::unify(&collected, &partition, &with_ends, &axis_number);
     unified.bar_repeated(&collected);
@@ -125,6 +130,16 @@ impl Axes {
     /// The axis in one case.
     pub fn region(&self, at: AxisOf, case: usize) -> Option<Region> {
         self.unified.region(at, case)
+    }
+
+    /// The axis in one case, behind its last symbolic factor.
+    pub fn inner_region(&self, at: AxisOf, case: usize) -> Option<Region> {
+        self.unified.inner_region(at, case)
+    }
+
+    /// The whole axis, as disjoint regions, along each combination of cells of the other axes.
+    pub fn sections(&self, at: AxisOf) -> Vec<Vec<Region>> {
+        self.unified.sections(at)
     }
 
     /// The axis in all cases, cases that look alike on it taken once.

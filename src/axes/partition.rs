@@ -2,13 +2,17 @@
 //!
 //! Example: the factor `3` of a fused qkv axis `3 x H x E`, from which q, k and v are gathered, falls into the cells `{0} {1} {2}`;
 //! the factor `E` of a rotary q, which is sliced in halves, into `{0..E/2} {E/2..E}`. Cells travel along all relations.
-//! A factor with more than [`CELLS_MAX`] cells (rolls, table look-ups) is given up: its axis becomes a barrier.
+//! A factor with more than [`CELLS_MAX`] cells (table look-ups) is given up: selections of it are barriers. So is one that would
+//! make a carrier fall into more than [`CASES_MAX`] combinations of cells: a window that is rolled along both of its axes has 64
+//! parts, and telling them apart would only hide that q, k and v are three.
 
 use super::collect::{AxisOf, Relation};
 use super::refine::{FactorPair, Refiner};
 
 /// More cells than this are not worth telling apart.
 pub(super) const CELLS_MAX: usize = 16;
+/// Of a carrier no more combinations of cells than this are looked at.
+const CASES_MAX: usize = 64;
 
 /// Cells of the factors of every axis.
 pub(super) struct Partition {
@@ -118,32 +122,92 @@ fn canonical<K: Ord>(keys: impl Iterator<Item = K>) -> Vec<u32> {
     .collect()
 }
 
-/// Finds the cells of all factors. `product_pairs` are the equal factors `(axis number, factor)` of all product relations.
-pub(super) fn partition(
-    refiner: &Refiner,
-    pairs: &[FactorPair],
-    selects: &[&Relation],
-    axis_number: &dyn Fn(AxisOf) -> usize,
-) -> Partition {
+/// What [`partition`] starts from.
+pub(super) struct Parts<'a> {
+    /// All factors, refined.
+    pub(super) refiner: &'a Refiner,
+    /// The equal factors `(axis number, factor)` of all product relations.
+    pub(super) pairs: &'a [FactorPair],
+    /// All selections.
+    pub(super) selects: &'a [&'a Relation],
+    /// Axis numbers of each carrier.
+    pub(super) carriers: &'a [std::ops::Range<usize>],
+    /// Axes that cannot be cut whatever the selections say.
+    pub(super) barred: &'a [usize],
+}
+
+/// Finds the cells of all factors. Afterwards no carrier has more than [`CASES_MAX`] combinations of cells.
+pub(super) fn partition(parts: &Parts<'_>, axis_number: &dyn Fn(AxisOf) -> usize) -> Partition {
     let mut first = vec![0];
     let mut sizes = Vec::new();
-    for factors in &refiner.factors {
+    for factors in &parts.refiner.factors {
         sizes.extend(factors.iter().map(|d| d.size()));
         first.push(sizes.len());
     }
     let count = sizes.len();
     let mut p = Partition { first, sizes, labels: vec![None; count], dead: vec![false; count] };
-    let pairs: Vec<(usize, usize)> = pairs.iter().map(|(a, b)| (p.first[a.0] + a.1, p.first[b.0] + b.1)).collect();
+    let pairs: Vec<(usize, usize)> = parts.pairs.iter().map(|(a, b)| (p.first[a.0] + a.1, p.first[b.0] + b.1)).collect();
+    let barred = barred_factors(&p, &pairs, parts.barred);
     loop {
-        let mut changed = false;
-        for select in selects {
-            changed |= spread_select(&mut p, select, axis_number);
-        }
-        changed |= spread_pairs(&mut p, &pairs);
-        if !changed {
+        spread(&mut p, &pairs, parts.selects, axis_number);
+        let given_up = too_many(&p, parts.carriers, &barred);
+        if given_up.is_empty() {
             return p;
         }
+        given_up.into_iter().for_each(|f| p.dead[f] = true);
+        // What the cells of a factor that is given up did to others is forgotten with them.
+        p.labels.fill(None);
     }
+}
+
+/// Lets cells travel until nothing changes.
+fn spread(p: &mut Partition, pairs: &[(usize, usize)], selects: &[&Relation], axis_number: &dyn Fn(AxisOf) -> usize) {
+    loop {
+        let mut changed = spread_pairs(p, pairs);
+        for select in selects {
+            changed |= spread_select(p, select, axis_number);
+        }
+        if !changed {
+            return;
+        }
+    }
+}
+
+/// Factors that are, or equal, a factor of a barred axis: no cell of them can be cut.
+fn barred_factors(p: &Partition, pairs: &[(usize, usize)], axes: &[usize]) -> Vec<bool> {
+    let mut equal = vec![Vec::new(); p.sizes.len()];
+    for (a, b) in pairs {
+        equal[*a].push(*b);
+        equal[*b].push(*a);
+    }
+    let mut barred = vec![false; p.sizes.len()];
+    let mut stack: Vec<usize> = axes.iter().flat_map(|a| p.factors(*a)).collect();
+    while let Some(f) = stack.pop() {
+        if !std::mem::replace(&mut barred[f], true) {
+            stack.extend(&equal[f]);
+        }
+    }
+    barred
+}
+
+/// Factors to give up so that carriers have fewer combinations of cells: those that cannot be cut anyway, else the one with the
+/// most cells.
+fn too_many(p: &Partition, carriers: &[std::ops::Range<usize>], barred: &[bool]) -> Vec<usize> {
+    let mut out = Vec::new();
+    for axes in carriers {
+        let parted: Vec<usize> = axes.clone().flat_map(|a| p.factors(a)).filter(|f| p.cell_count(*f) > 1).collect();
+        let cases = parted.iter().fold(1usize, |n, f| n.saturating_mul(p.cell_count(*f)));
+        if cases <= CASES_MAX {
+            continue;
+        }
+        let before = out.len();
+        out.extend(parted.iter().copied().filter(|f| barred[*f]));
+        if out.len() == before {
+            // Of equals the outermost.
+            out.extend(parted.iter().copied().max_by_key(|f| (p.cell_count(*f), std::cmp::Reverse(*f))));
+        }
+    }
+    out
 }
 
 /// Makes equal factors have equal cells, until nothing changes.

@@ -5,68 +5,13 @@
 //! (the cell of q in a fused axis of `H*E + 2*KV*E` is `H x E`), so they are refined once more, and then united.
 
 use super::apart::Apart;
-use super::collect::{AxisOf, Barrier, CarrierId, Collected, Ends, Of, Relation, SinkSite};
+use super::cases::{Case, Part, Together, Unified};
+use super::collect::{AxisOf, Barrier, CarrierId, Collected, Ends, Of, Relation};
 use super::partition::Partition;
 use super::refine::{FactorPair, Refiner};
 use crate::graph::NodeId;
 use crate::infer::Dim;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// More cases than this are not told apart: the carrier becomes a barrier.
-const CASES_MAX: usize = 64;
-
-/// Index of a class of united factors.
-pub type ClassId = usize;
-
-/// One occurrence of a class: a factor of an axis, in one case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Member {
-    /// The carrier.
-    pub carrier: CarrierId,
-    /// Its axis.
-    pub axis: usize,
-    /// The case.
-    pub case: usize,
-}
-
-/// Factors that are the same everywhere: what is cut of one is cut of all.
-#[derive(Clone, Debug, Default)]
-pub struct Class {
-    /// Number of positions; `None` where symbolic.
-    pub size: Option<usize>,
-    /// Where it occurs.
-    pub members: Vec<Member>,
-    /// Where it is summed over.
-    pub sinks: Vec<SinkSite>,
-    /// Why it cannot be cut.
-    pub barriers: Vec<Barrier>,
-    /// Positions that stay or go together: `n * run` to `n * run + run - 1`. 1 where each is free.
-    pub run: usize,
-}
-
-/// The factors of one axis in one case: the positions of the axis, row-major over the factors, and the class of each factor.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Region {
-    /// Positions on the axis, in order.
-    pub positions: Vec<usize>,
-    /// Class and size of each factor, outermost first; sizes multiply to `positions.len()`.
-    pub factors: Vec<(ClassId, usize)>,
-}
-
-/// All classes, and how axes are made of them.
-pub(super) struct Unified {
-    /// The classes.
-    pub(super) classes: Vec<Class>,
-    cases: Vec<Cases>,
-    /// Classes of the factors of slot (carrier, case, factor).
-    of_slot: Vec<Vec<(ClassId, Option<usize>)>>,
-    cells: BTreeMap<usize, Vec<Vec<usize>>>,
-    shapes: Vec<Vec<Vec<usize>>>,
-    sizes: Vec<Option<usize>>,
-    /// Cases of two carriers that belong together at a node, where one of them has several.
-    together: BTreeMap<(NodeId, CarrierId, CarrierId), Vec<(usize, usize)>>,
-    virtual_carriers: BTreeSet<CarrierId>,
-}
 
 /// The cases of one carrier.
 #[derive(Clone, Debug)]
@@ -125,7 +70,7 @@ pub(super) fn unify(
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Unified {
     let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
-    let cases = enumerate_cases(all, p, axis_number, &mut barriers);
+    let cases = enumerate_cases(all, p, axis_number);
     let factor_home = factor_homes(all, p, axis_number);
     let slot_sizes = slot_sizes(p, &cases, all, axis_number);
     let mut refiner = Refiner::new(slot_sizes.into_iter());
@@ -163,7 +108,7 @@ pub(super) fn unify(
             between.entry((*ends, from.0.min(to.0), from.0.max(to.0))).or_default().selects.push(relation);
         }
     }
-    let mut together: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    let mut together = Together::new();
     for ((ends, a, b), links) in &between {
         let pairs = relate_cases(
             ends.node,
@@ -189,37 +134,15 @@ pub(super) fn unify(
             barriers.push((*axis, Barrier { node: *node, axis: axis.1, reason }));
         }
     }
-    let virtuals = all.carriers.iter().enumerate().filter(|(_, c)| matches!(c.of, Of::Virtual(..)));
-    let virtual_carriers = virtuals.map(|(c, _)| c).collect();
-    Unified { together, virtual_carriers, ..classes_of(all, p, cases, &factor_home, &refiner, barriers, axis_number) }
+    classes_of(all, p, &cases, &factor_home, &refiner, barriers, together)
 }
 
-fn enumerate_cases(
-    all: &Collected,
-    p: &Partition,
-    axis_number: &dyn Fn(AxisOf) -> usize,
-    barriers: &mut Vec<(AxisOf, Barrier)>,
-) -> Vec<Cases> {
+fn enumerate_cases(all: &Collected, p: &Partition, axis_number: &dyn Fn(AxisOf) -> usize) -> Vec<Cases> {
     let mut first_slot = 0;
     let mut out = Vec::with_capacity(all.carriers.len());
     for (c, carrier) in all.carriers.iter().enumerate() {
-        let mut factors = Vec::new();
-        for axis in 0..carrier.shape.len() {
-            for f in p.factors(axis_number((c, axis))) {
-                if p.dead[f] {
-                    let reason = "is sliced, rolled or looked up in too many parts".to_string();
-                    barriers.push(((c, axis), Barrier { node: None, axis, reason }));
-                }
-                factors.push(f);
-            }
-        }
-        let mut radix: Vec<usize> = factors.iter().map(|f| p.cell_count(*f)).collect();
-        if radix.iter().product::<usize>() > CASES_MAX {
-            radix.iter_mut().for_each(|r| *r = 1);
-            for axis in 0..carrier.shape.len() {
-                barriers.push(((c, axis), Barrier { node: None, axis, reason: "falls into too many parts".to_string() }));
-            }
-        }
+        let factors: Vec<usize> = (0..carrier.shape.len()).flat_map(|axis| p.factors(axis_number((c, axis)))).collect();
+        let radix: Vec<usize> = factors.iter().map(|f| p.cell_count(*f)).collect();
         let count = radix.iter().product();
         let cases = Cases { first_slot, factors, radix, count };
         first_slot += cases.factors.len() * count;
@@ -257,7 +180,7 @@ fn slot_sizes(p: &Partition, cases: &[Cases], all: &Collected, axis_number: &dyn
             for (f, cell) in k.factors.iter().zip(&cells) {
                 out.push(match symbolic.get(f) {
                     Some(d) => d.clone(),
-                    None if k.radix.iter().all(|r| *r == 1) => Dim::from(p.sizes[*f].unwrap_or(0)),
+                    None if p.cell_count(*f) == 1 => Dim::from(p.sizes[*f].unwrap_or(0)),
                     None => Dim::from(p.cells(*f)[*cell].len()),
                 });
             }
@@ -288,7 +211,7 @@ fn relate_cases(
             let cells_b = kb.cells(case_b);
             let agree = |(fa, fb): &(usize, usize)| {
                 let (la, lb) = (local(ka, *fa), local(kb, *fb));
-                ka.radix[la] != kb.radix[lb] || cells_a[la] == cells_b[lb]
+                cells_a[la] == cells_b[lb]
             };
             if !links.equal.iter().all(agree) {
                 continue;
@@ -345,7 +268,7 @@ fn axis_box(p: &Partition, k: &Cases, cells: &[usize], axis_number: usize) -> Op
     for f in p.factors(axis_number) {
         let size = p.sizes[f]?;
         let local = k.factors.iter().position(|x| *x == f)?;
-        if p.dead[f] || (k.radix[local] == 1 && p.cell_count(f) > 1) {
+        if p.dead[f] {
             return None;
         }
         let cell = &p.cells(f)[cells[local]];
@@ -373,14 +296,15 @@ fn match_boxes(from: &[usize], to: &[usize], index: &[usize], at: usize) -> Matc
     if sources.iter().flatten().any(|s| inside.contains(s)) { Match::Crossed } else { Match::Apart }
 }
 
+/// Gives the factors of every case their classes, merges what is never told apart, and collects what is known of each class.
 fn classes_of(
     all: &Collected,
     p: &Partition,
-    cases: Vec<Cases>,
+    cases: &[Cases],
     factor_home: &BTreeMap<usize, AxisOf>,
     refiner: &Refiner,
     barriers: Vec<(AxisOf, Barrier)>,
-    axis_number: &dyn Fn(AxisOf) -> usize,
+    together: Together,
 ) -> Unified {
     let mut first = vec![0];
     for f in &refiner.factors {
@@ -392,167 +316,30 @@ fn classes_of(
             union.unite(first[sa] + ka, first[sb] + kb);
         }
     }
-    let mut numbers: BTreeMap<usize, ClassId> = BTreeMap::new();
-    let mut classes: Vec<Class> = Vec::new();
-    let mut of_slot = vec![Vec::new(); refiner.factors.len()];
-    for (c, k) in cases.iter().enumerate() {
-        for case in 0..k.count {
-            for (local, factor) in k.factors.iter().enumerate() {
-                let slot = k.slot(case, local);
-                for (n, size) in refiner.factors[slot].iter().enumerate() {
-                    let root = union.find(first[slot] + n);
-                    let class = *numbers.entry(root).or_insert_with(|| {
-                        classes.push(Class { size: size.size(), run: 1, ..Class::default() });
-                        classes.len() - 1
-                    });
-                    of_slot[slot].push((class, size.size()));
-                    classes[class].members.push(Member { carrier: c, axis: factor_home[factor].1, case });
-                }
-            }
-        }
-    }
-    let shapes = all
-        .carriers
-        .iter()
-        .enumerate()
-        .map(|(c, carrier)| (0..carrier.shape.len()).map(|axis| p.factors(axis_number((c, axis))).collect()).collect())
-        .collect();
-    let cells = (0..p.sizes.len()).filter(|f| p.cell_count(*f) > 1).map(|f| (f, p.cells(f))).collect();
-    let mut unified = Unified {
-        classes,
-        cases,
-        of_slot,
-        cells,
-        shapes,
-        sizes: p.sizes.clone(),
-        together: BTreeMap::new(),
-        virtual_carriers: BTreeSet::new(),
-    };
-    for (axis, barrier) in barriers {
-        for class in unified.classes_on(axis) {
-            if !unified.classes[class].barriers.contains(&barrier) {
-                unified.classes[class].barriers.push(barrier.clone());
-            }
-        }
-    }
-    for (axis, site) in &all.sinks {
-        for class in unified.classes_on(*axis) {
-            if !unified.classes[class].sinks.contains(site) {
-                unified.classes[class].sinks.push(*site);
-            }
-        }
-    }
-    unified
-}
-
-impl Unified {
-    /// Puts a barrier on classes that stand twice on one axis (`E x E`, the product of a value with itself laid flat): no position there
-    /// belongs to one unit.
-    pub(super) fn bar_repeated(&mut self, all: &Collected) {
-        let meets = |carrier: CarrierId, relation: &Relation| match relation {
-            Relation::Product(a, b) => a.iter().chain(b).any(|at| at.0 == carrier),
-            Relation::Select { from, to, .. } => from.0 == carrier || to.0 == carrier,
-        };
-        for carrier in 0..self.shapes.len() {
-            for axis in 0..self.shapes[carrier].len() {
-                for case in 0..self.cases[carrier].count {
-                    let k = &self.cases[carrier];
-                    let locals = k.factors.iter().enumerate().filter(|(_, f)| self.shapes[carrier][axis].contains(f));
-                    let mut on: Vec<ClassId> =
-                        locals.flat_map(|(local, _)| self.of_slot[k.slot(case, local)].iter().map(|(c, _)| *c)).collect();
-                    on.sort_unstable();
-                    for twice in on.windows(2).filter(|w| w[0] == w[1]) {
-                        let node = all.relations.iter().find(|(_, r)| meets(carrier, r)).map(|(ends, _)| ends.node);
-                        let barrier = Barrier { node, axis, reason: "stands twice on this axis".to_string() };
-                        if !self.classes[twice[0]].barriers.contains(&barrier) {
-                            self.classes[twice[0]].barriers.push(barrier);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Classes that occur on an axis, in any case.
-    pub(super) fn classes_on(&self, (carrier, axis): AxisOf) -> Vec<ClassId> {
-        let k = &self.cases[carrier];
-        let mut found = BTreeSet::new();
-        for case in 0..k.count {
+    let mut classes: Vec<Vec<Case>> = Vec::with_capacity(cases.len());
+    for (k, carrier) in cases.iter().zip(&all.carriers) {
+        let parts_in = |case: usize| {
+            let whole = Part { positions: vec![0], outer: Vec::new(), classes: Vec::new(), inner: 0, symbolic: false };
+            let mut parts = vec![whole; carrier.shape.len()];
+            let cells = k.cells(case);
             for (local, f) in k.factors.iter().enumerate() {
-                if self.shapes[carrier][axis].contains(f) {
-                    found.extend(self.of_slot[k.slot(case, local)].iter().map(|(c, _)| *c));
-                }
+                let part = &mut parts[factor_home[f].1];
+                let slot = k.slot(case, local);
+                let sizes = refiner.factors[slot].iter().enumerate();
+                part.classes.extend(sizes.map(|(n, size)| (union.find(first[slot] + n), size.size())));
+                let Some(size) = p.sizes[*f] else {
+                    part.outer.push(std::mem::replace(&mut part.positions, vec![0]));
+                    (part.inner, part.symbolic) = (part.classes.len(), true);
+                    continue;
+                };
+                let cell = if k.radix[local] > 1 { p.cells(*f)[cells[local]].clone() } else { (0..size).collect() };
+                let bases = part.positions.iter();
+                part.positions = bases.flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
             }
-        }
-        found.into_iter().collect()
-    }
-
-    /// Cases of `a` that belong together with the cases `of_b` of `b` at a node, directly or by way of values inside the node.
-    pub(super) fn cases_with(&self, node: NodeId, a: CarrierId, b: CarrierId, of_b: &BTreeSet<usize>) -> BTreeSet<usize> {
-        let direct = |x: CarrierId, y: CarrierId, of_y: &BTreeSet<usize>| -> Option<BTreeSet<usize>> {
-            if let Some(pairs) = self.together.get(&(node, x, y)) {
-                return Some(pairs.iter().filter(|(_, c)| of_y.contains(c)).map(|(c, _)| *c).collect());
-            }
-            let pairs = self.together.get(&(node, y, x))?;
-            Some(pairs.iter().filter(|(c, _)| of_y.contains(c)).map(|(_, c)| *c).collect())
+            parts
         };
-        if let Some(found) = direct(a, b, of_b) {
-            return found;
-        }
-        let inside =
-            self.together.range((node, 0, 0)..=(node, CarrierId::MAX, CarrierId::MAX)).flat_map(|((_, x, y), _)| [*x, *y]);
-        for v in inside.filter(|v| self.virtual_carriers.contains(v)) {
-            // Pairs of single cases are not recorded.
-            let of_v = direct(v, b, of_b).or_else(|| (self.case_count(v) == 1).then(|| BTreeSet::from([0])));
-            if let Some(found) = of_v.and_then(|of_v| direct(a, v, &of_v)) {
-                return found;
-            }
-        }
-        (0..self.case_count(a)).collect()
+        classes.push((0..k.count).map(parts_in).collect());
     }
-
-    /// Number of cases of a carrier.
-    pub(super) fn case_count(&self, carrier: CarrierId) -> usize {
-        self.cases[carrier].count
-    }
-
-    /// Classes of all axes of a carrier in one case, with the axis of each.
-    pub(super) fn classes_in_case(&self, carrier: CarrierId, case: usize) -> Vec<(usize, ClassId)> {
-        let k = &self.cases[carrier];
-        let axis_of = |f: &usize| self.shapes[carrier].iter().position(|axis| axis.contains(f)).unwrap_or(0);
-        let factors = k.factors.iter().enumerate();
-        factors.flat_map(|(local, f)| self.of_slot[k.slot(case, local)].iter().map(move |(c, _)| (axis_of(f), *c))).collect()
-    }
-
-    /// The axis in one case: which positions it covers there, and what they are made of. `None` where a size is symbolic.
-    pub(super) fn region(&self, (carrier, axis): AxisOf, case: usize) -> Option<Region> {
-        let k = &self.cases[carrier];
-        let cells = k.cells(case);
-        let (mut positions, mut factors) = (vec![0usize], Vec::new());
-        for f in &self.shapes[carrier][axis] {
-            let size = self.sizes[*f]?;
-            let local = k.factors.iter().position(|x| x == f)?;
-            let whole: Vec<usize> = (0..size).collect();
-            let cell = match self.cells.get(f) {
-                Some(all) if k.radix[local] > 1 => &all[cells[local]],
-                _ => &whole,
-            };
-            positions = positions.iter().flat_map(|base| cell.iter().map(move |c| base * size + c)).collect();
-            for (class, size) in &self.of_slot[k.slot(case, local)] {
-                factors.push((*class, (*size)?));
-            }
-        }
-        Some(Region { positions, factors })
-    }
-
-    /// The axis in all cases, cases that look alike on it taken once.
-    pub(super) fn regions(&self, at: AxisOf) -> Vec<Region> {
-        let mut out: Vec<Region> = Vec::new();
-        for region in (0..self.case_count(at.0)).filter_map(|case| self.region(at, case)) {
-            if !out.contains(&region) {
-                out.push(region);
-            }
-        }
-        out
-    }
+    let virtuals = all.carriers.iter().enumerate().filter(|(_, c)| matches!(c.of, Of::Virtual(..)));
+    Unified::new(classes, together, virtuals.map(|(c, _)| c).collect(), barriers, &all.sinks)
 }

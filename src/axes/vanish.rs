@@ -7,9 +7,9 @@
 //! must be zero there: `GELU(0) = 0` passes, `Sigmoid(0) = 0.5` does not.
 //! This is followed back from the value to the constants, operator by operator ([`crate::ops::zeros`]); what is not listed is not zero.
 
+use super::cases::{ClassId, Unified};
 use super::collect::{Barrier, CarrierId, Collected, Of, SinkSite};
 use super::relation::Slot;
-use super::unify::{ClassId, Unified};
 use crate::graph::{Graph, Id, NodeId, Tensor, ValueId};
 use crate::ops::zeros;
 use std::collections::BTreeMap;
@@ -122,9 +122,9 @@ impl Walk<'_> {
             return false;
         }
         let inputs = node.inputs().to_vec();
-        let mut zero_at = |slot: &usize| match inputs.get(*slot).copied().flatten() {
-            None => None,
-            Some(v) => Some(self.is_zero_input(id, *slot, v, class)),
+        let mut zero_at = |slot: &usize| {
+            let v = inputs.get(*slot).copied().flatten()?;
+            Some(self.is_zero_input(id, *slot, v, class))
         };
         let factors: Vec<bool> = zeros.factors.iter().filter_map(&mut zero_at).collect();
         let terms: Vec<bool> = zeros.terms.iter().filter_map(&mut zero_at).collect();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::data::array::Array;
+use crate::graph::Graph;
 use crate::runtime::{self, Device, Error, RuntimeName, Session, SessionOptions};
 
 /// The version of the JSON names that this build writes.
@@ -20,8 +21,8 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub struct Contender<'a> {
     /// How the report names it, such as its path.
     pub name: &'a str,
-    /// The bytes of a self-contained file.
-    pub bytes: &'a [u8],
+    /// The model.
+    pub graph: &'a Graph,
     /// Its inputs.
     pub feeds: &'a [(String, Array)],
 }
@@ -164,7 +165,7 @@ fn in_runtime(
     }
     let mut sessions: Vec<Box<dyn Session>> = Vec::new();
     for contender in contenders {
-        let opened = runtime::open(runtime, contender.bytes, &options).and_then(|mut session| {
+        let opened = runtime::open_graph(runtime, contender.graph, &options).and_then(|mut session| {
             for _ in 0..settings.warmup.max(1) {
                 session.run(contender.feeds)?;
             }

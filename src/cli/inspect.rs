@@ -91,7 +91,7 @@ fn group_json(model: &Model, group: &Group, cost: &GroupCost) -> Value {
         "layer": group.layer,
         "units": group.units(),
         "heads": group.heads,
-        "width": group.heads.map(|_| group.stored.len()),
+        "width": group.heads.map(|_| group.width()),
         "params_per_unit": cost.params_per_unit,
         "macs_per_unit": cost.macs_per_unit,
         "sites": sites,
@@ -113,7 +113,7 @@ fn table(model: &Model, costs: &[GroupCost]) -> String {
     let mut rows: Vec<(Kind, String, String, Vec<usize>)> = Vec::new();
     for (g, c) in model.anatomy.groups.iter().zip(costs) {
         let units = match g.heads {
-            Some(h) if h > 1 && g.nest_count() == h => format!("{} = {h} x {}", g.units(), g.stored.len()),
+            Some(h) if h > 1 && h * g.width() == g.units() => format!("{} = {h} x {}", g.units(), g.width()),
             _ => g.units().to_string(),
         };
         let per_unit = c.macs_per_unit.map_or("?".into(), grouped);

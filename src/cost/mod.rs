@@ -4,14 +4,14 @@
 //! then exact without slicing (C3). Counts are per run at batch 1: the leading symbol of every graph input is taken as 1.
 //! Invariant: the MACs that [`Model::under`] gives are what [`count`] finds on the sliced graph.
 
-use crate::anatomy::{Anatomy, Kind};
+use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, ClassId};
 use crate::graph::{AttrValue, DType, DeclaredDim, Graph, Id, NodeId, Tensor, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, CostCx};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a model costs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -91,103 +91,184 @@ fn node_macs(
 /// The cost rule of an operator.
 type CostRule = fn(&CostCx<'_>) -> Option<Dim>;
 
-/// An axis as a sum of products of class sizes.
-type AxisTerms = Vec<Vec<(ClassId, usize)>>;
+/// An axis as a function of class sizes, each with its whole size.
+enum AxisSize {
+    /// A sum of products.
+    Sum(Vec<Vec<(ClassId, usize)>>),
+    /// A multiple of sizes that are only known at run time (`batch * heads`): it shrinks as these classes do.
+    Multiple(Vec<(ClassId, usize)>),
+}
 
-/// Cost as a function of class sizes: what a plan promises, without slicing.
+impl AxisSize {
+    fn classes(&self) -> impl Iterator<Item = ClassId> {
+        let (sum, multiple): (&[_], &[_]) = match self {
+            AxisSize::Sum(terms) => (terms, &[]),
+            AxisSize::Multiple(factors) => (&[], factors),
+        };
+        sum.iter().flatten().chain(multiple).map(|(class, _)| *class)
+    }
+}
+
+/// Sizes that classes have under a plan; those that are not named stay whole.
+pub type ClassSizes = BTreeMap<ClassId, usize>;
+
+/// Tokens that stay from a layer on.
+pub type TokenCounts = BTreeMap<usize, usize>;
+
+/// An operator whose MACs depend on a plan.
+struct Moving {
+    node: NodeId,
+    rule: CostRule,
+    whole: Option<u64>,
+}
+
+/// What a class bears on: numbers of operators and of constants.
+#[derive(Default)]
+struct Touched {
+    moving: BTreeSet<usize>,
+    constants: BTreeSet<usize>,
+}
+
+/// Cost as a function of class sizes: what a plan promises, without slicing. A question costs what it touches.
 pub struct Model<'a> {
     graph: &'a Graph,
     facts: &'a Facts,
     sizes: Sizes,
-    terms: BTreeMap<(usize, usize), AxisTerms>,
+    axes: BTreeMap<(usize, usize), AxisSize>,
     /// Axes that hold tokens: the last site before them (by layer), the axis' length, the number of tokens at the site.
     tokens: BTreeMap<(ValueId, usize), (usize, usize, usize)>,
-    /// MACs of the operators that no class of `classes` touches.
-    fixed_macs: Option<u64>,
-    moving: Vec<(NodeId, CostRule)>,
-    fixed_params: u64,
+    whole: Cost,
+    moving: Vec<Moving>,
     /// Constants with a cut axis, and the carrier that their first reader sees.
     constants: Vec<(Vec<usize>, usize)>,
+    by_class: BTreeMap<ClassId, Touched>,
+    /// Operators with an axis that holds tokens, by the last site before it.
+    by_layer: BTreeMap<usize, BTreeSet<usize>>,
+    /// MACs that go with the first token of each site, by layer.
+    per_token: BTreeMap<usize, Option<u64>>,
 }
 
 impl<'a> Model<'a> {
     /// Prepares the cost of plans that cut some groups of an anatomy.
     pub fn new(graph: &'a Graph, facts: &'a Facts, anatomy: &Anatomy, sizes: &Sizes) -> Self {
-        let axes = &anatomy.axes;
-        let classes: Vec<ClassId> = anatomy.groups.iter().filter(|g| g.kind != Kind::Token).map(|g| g.leaf).collect();
         let mut tokens = BTreeMap::new();
-        for site in &anatomy.tokens {
-            tokens.extend(site.reach.iter().map(|(at, list)| (*at, (site.layer, list.len(), site.count))));
-        }
-        let mut terms: BTreeMap<(usize, usize), AxisTerms> = BTreeMap::new();
-        for class in &classes {
-            for m in &axes.classes()[*class].members {
-                terms.entry((m.carrier, m.axis)).or_insert_with(|| {
-                    let mut seen: BTreeMap<Vec<usize>, Vec<(ClassId, usize)>> = BTreeMap::new();
-                    for r in axes.regions((m.carrier, m.axis)) {
-                        seen.entry(r.positions).or_insert(r.factors);
-                    }
-                    seen.into_values().collect()
-                });
-            }
-        }
-        let touched = |v: ValueId, rank: usize| {
-            (0..rank).any(|axis| terms.contains_key(&(v.index(), axis)) || tokens.contains_key(&(v, axis)))
-        };
-        let mut moving = Vec::new();
-        let mut fixed_macs = Some(0u64);
-        for (id, node) in graph.nodes() {
-            let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
-            let ops::Cost::Rule(cost) = rule.cost else { continue };
-            let values = node.inputs().iter().chain(node.outputs()).flatten();
-            if values.into_iter().any(|v| touched(*v, facts.shape(*v).map_or(0, <[_]>::len))) {
-                moving.push((id, cost));
-            } else {
-                let shape = |v: ValueId| facts.shape(v).map(<[_]>::to_vec);
-                fixed_macs = fixed_macs.zip(node_macs(graph, id, cost, &shape, sizes)).map(|(a, b)| a + b);
+        let sites: Vec<_> = anatomy.tokens.sites.iter().collect();
+        for (number, stretch) in anatomy.tokens.last_before(&sites) {
+            for (at, list) in &stretch.reach {
+                tokens.entry(*at).or_insert((sites[number].layer, list.len(), sites[number].count));
             }
         }
         let mut model = Self {
             graph,
             facts,
             sizes: sizes.clone(),
-            terms,
+            axes: axis_sizes(anatomy),
             tokens,
-            fixed_macs,
-            moving,
-            fixed_params: params(graph),
+            whole: Cost { params: params(graph), macs: Some(0) },
+            moving: Vec::new(),
             constants: Vec::new(),
+            by_class: BTreeMap::new(),
+            by_layer: BTreeMap::new(),
+            per_token: BTreeMap::new(),
         };
-        model.find_constants(axes);
+        model.find_moving();
+        model.find_constants(&anatomy.axes);
+        model.count_tokens(anatomy);
         model
+    }
+
+    fn find_moving(&mut self) {
+        let shape = |v: ValueId| self.facts.shape(v).map(<[_]>::to_vec);
+        for (node, record) in self.graph.nodes() {
+            let Some(ops::Cost::Rule(rule)) = ops::lookup(record.domain(), record.op()).map(|r| &r.cost) else { continue };
+            let rule = *rule;
+            let whole = node_macs(self.graph, node, rule, &shape, &self.sizes);
+            self.whole.macs = self.whole.macs.zip(whole).map(|(a, b)| a + b);
+            let number = self.moving.len();
+            let mut moves = false;
+            for v in record.inputs().iter().chain(record.outputs()).flatten() {
+                for axis in 0..self.facts.shape(*v).map_or(0, <[_]>::len) {
+                    for class in self.axes.get(&(v.index(), axis)).into_iter().flat_map(AxisSize::classes) {
+                        moves |= self.by_class.entry(class).or_default().moving.insert(number);
+                    }
+                    if let Some((layer, ..)) = self.tokens.get(&(*v, axis)) {
+                        moves |= self.by_layer.entry(*layer).or_default().insert(number);
+                    }
+                }
+            }
+            if moves {
+                self.moving.push(Moving { node, rule, whole });
+            }
+        }
     }
 
     fn find_constants(&mut self, axes: &Axes) {
         for (v, value) in self.graph.values().filter(|(v, _)| self.graph.is_constant(*v)) {
             let Some(t) = self.graph.constant(v).filter(|t| is_param(t.dtype, t.element_count())) else { continue };
             let carriers = value.users().iter().filter_map(|u: &Use| axes.carrier_at(self.graph, u.node, Slot::In(u.slot)));
-            let is_cut = |c: &usize| (0..t.dims.len()).any(|axis| self.terms.contains_key(&(*c, axis)));
-            if let Some(carrier) = carriers.into_iter().find(is_cut) {
-                self.constants.push((t.dims, carrier));
+            let is_cut = |c: &usize| (0..t.dims.len()).any(|axis| self.axes.contains_key(&(*c, axis)));
+            let Some(carrier) = carriers.into_iter().find(is_cut) else { continue };
+            for axis in 0..t.dims.len() {
+                for class in self.axes.get(&(carrier, axis)).into_iter().flat_map(AxisSize::classes) {
+                    self.by_class.entry(class).or_default().constants.insert(self.constants.len());
+                }
+            }
+            self.constants.push((t.dims, carrier));
+        }
+    }
+
+    /// What the first token of each site costs. It costs the same at an operator whichever site before it takes it away, unless
+    /// another site stands between two of the operator's values.
+    fn count_tokens(&mut self, anatomy: &Anatomy) {
+        let mut saved: BTreeMap<usize, Option<u64>> = anatomy.tokens.sites.iter().map(|s| (s.layer, Some(0))).collect();
+        let layers: BTreeMap<usize, usize> = anatomy.tokens.sites.iter().map(|s| (s.layer, s.count)).collect();
+        let mut add = |layer: usize, macs: Option<u64>| {
+            saved.entry(layer).and_modify(|old| *old = old.zip(macs).map(|(a, b)| a + b));
+        };
+        let mut behind: BTreeMap<usize, Option<u64>> = BTreeMap::new();
+        for m in &self.moving {
+            let values = self.graph.node(m.node).inputs().iter().chain(self.graph.node(m.node).outputs()).flatten();
+            let held: BTreeSet<usize> =
+                values.flat_map(|v| self.tokens.range((*v, 0)..=(*v, usize::MAX))).map(|(_, t)| t.0).collect();
+            let Some(first) = held.first().copied() else { continue };
+            let without = |layer: usize| {
+                let counts = TokenCounts::from([(layer, layers.get(&layer).map_or(0, |n| n - 1))]);
+                m.whole.zip(self.macs_of(m, &ClassSizes::new(), &counts)).map(|(a, b)| a - b)
+            };
+            // From sites up to the first, all of it; from one between two, what lies behind that one.
+            let entry = behind.entry(first).or_insert(Some(0));
+            *entry = entry.zip(without(first)).map(|(a, b)| a + b);
+            if let Some(last) = held.last().filter(|l| **l != first) {
+                layers.range(first + 1..=*last).for_each(|(layer, _)| add(*layer, without(*layer)));
+            }
+        }
+        let mut sum = Some(0);
+        for (layer, _) in layers.iter().rev() {
+            sum = sum.zip(behind.get(layer).copied().unwrap_or(Some(0))).map(|(a, b)| a + b);
+            add(*layer, sum);
+        }
+        self.per_token = saved;
+    }
+
+    /// Size of an axis of a carrier, which is `whole` before any cut; `None` where no class that can be cut is on it.
+    fn size(&self, carrier: usize, axis: usize, whole: &Dim, classes: &ClassSizes) -> Option<Dim> {
+        let left = |(c, n): &(ClassId, usize)| classes.get(c).copied().unwrap_or(*n);
+        match self.axes.get(&(carrier, axis))? {
+            AxisSize::Sum(terms) => Some(terms.iter().map(|t| t.iter().map(left).product::<usize>()).sum::<usize>().into()),
+            AxisSize::Multiple(factors) => {
+                factors.iter().try_fold(whole.clone(), |d, f| Some(&d.exact_div(&Dim::from(f.1))? * &Dim::from(left(f))))
             }
         }
     }
 
-    /// Size of an axis of a carrier.
-    fn size(&self, carrier: usize, axis: usize, class_size: &dyn Fn(ClassId) -> Option<usize>) -> Option<usize> {
-        let terms = self.terms.get(&(carrier, axis))?;
-        Some(terms.iter().map(|t| t.iter().map(|(c, n)| class_size(*c).unwrap_or(*n)).product::<usize>()).sum())
-    }
-
-    /// The cost where classes have the sizes that `class_size` gives, and `token_counts` tokens stay from a layer on. MACs are exact;
-    /// parameters leave out copies that a cut may need of constants shared by several readers.
-    pub fn under(&self, class_size: &dyn Fn(ClassId) -> Option<usize>, token_counts: &BTreeMap<usize, usize>) -> Cost {
-        let tokens_left = |layer: usize| token_counts.range(..=layer).map(|(_, n)| *n).min();
+    /// MACs of an operator under a plan.
+    fn macs_of(&self, moving: &Moving, classes: &ClassSizes, tokens: &TokenCounts) -> Option<u64> {
+        let tokens_left = |layer: usize| tokens.range(..=layer).map(|(_, n)| *n).min();
         let shape = |v: ValueId| {
             let mut shape = self.facts.shape(v)?.to_vec();
             for (axis, d) in shape.iter_mut().enumerate() {
-                if let Some(n) = self.size(v.index(), axis, class_size) {
-                    *d = n.into();
+                if let Some(n) = self.size(v.index(), axis, d, classes) {
+                    *d = n;
                 }
                 if let Some((layer, len, count)) = self.tokens.get(&(v, axis))
                     && let Some(left) = tokens_left(*layer)
@@ -197,15 +278,66 @@ impl<'a> Model<'a> {
             }
             Some(shape)
         };
-        let moving = self.moving.iter().map(|(id, cost)| node_macs(self.graph, *id, *cost, &shape, &self.sizes));
-        let macs = self.fixed_macs.zip(moving.sum::<Option<u64>>()).map(|(a, b)| a + b);
-        let mut params = self.fixed_params;
-        for (dims, carrier) in &self.constants {
+        node_macs(self.graph, moving.node, moving.rule, &shape, &self.sizes)
+    }
+
+    /// The cost where classes and the sequence have the given sizes. MACs are exact; parameters leave out copies that a cut may need
+    /// of constants shared by several readers.
+    pub fn under(&self, classes: &ClassSizes, tokens: &TokenCounts) -> Cost {
+        let by_class = || classes.keys().filter_map(|c| self.by_class.get(c));
+        let mut moving: BTreeSet<usize> = by_class().flat_map(|t| &t.moving).copied().collect();
+        if let Some((first, _)) = tokens.first_key_value() {
+            moving.extend(self.by_layer.range(first..).flat_map(|(_, numbers)| numbers));
+        }
+        let mut macs = self.whole.macs;
+        for number in moving {
+            let m = &self.moving[number];
+            let change = m.whole.zip(self.macs_of(m, classes, tokens));
+            macs = macs.zip(change).map(|(all, (before, after))| all - before + after);
+        }
+        let mut params = self.whole.params;
+        for number in by_class().flat_map(|t| &t.constants).collect::<BTreeSet<_>>() {
+            let (dims, carrier) = &self.constants[*number];
             let whole: usize = dims.iter().product();
-            let after: usize =
-                dims.iter().enumerate().map(|(axis, d)| self.size(*carrier, axis, class_size).unwrap_or(*d)).product();
+            let left = |(axis, d): (usize, &usize)| self.size(*carrier, axis, &Dim::from(*d), classes)?.size();
+            let after: usize = dims.iter().enumerate().map(|at| left(at).unwrap_or(*at.1)).product();
             params -= (whole - after) as u64;
         }
         Cost { params, macs }
     }
+
+    /// What the first step of a group saves: one coordinate of its class everywhere, or one token.
+    pub fn first_step(&self, group: &Group) -> Cost {
+        if group.kind == Kind::Token {
+            return Cost { params: 0, macs: self.per_token.get(&group.layer).copied().flatten() };
+        }
+        let left = group.class_size().saturating_sub(group.run);
+        let after = self.under(&[(group.leaf, left)].into(), &TokenCounts::new());
+        Cost {
+            params: self.whole.params - after.params,
+            macs: self.whole.macs.zip(after.macs).map(|(whole, after)| whole - after),
+        }
+    }
+}
+
+/// The axes that hold a class that can be cut, as functions of class sizes.
+fn axis_sizes(anatomy: &Anatomy) -> BTreeMap<(usize, usize), AxisSize> {
+    let axes = &anatomy.axes;
+    let leaves: BTreeSet<ClassId> = anatomy.groups.iter().filter(|g| g.kind != Kind::Token).map(|g| g.leaf).collect();
+    let size_of = |at: (usize, usize)| {
+        if axes.carriers()[at.0].shape[at.1].known().is_none() {
+            let cut = axes.classes_on(at).into_iter().filter(|c| leaves.contains(c));
+            return AxisSize::Multiple(cut.filter_map(|c| Some((c, axes.classes()[c].size?))).collect());
+        }
+        // Any section: they differ in classes, but all of them keep the same number.
+        let section = axes.sections(at).into_iter().next().unwrap_or_default();
+        AxisSize::Sum(section.into_iter().map(|r| r.factors).collect())
+    };
+    let mut sizes = BTreeMap::new();
+    for group in anatomy.groups.iter().filter(|g| g.kind != Kind::Token) {
+        for m in axes.classes()[group.leaf].members.iter().filter(|m| !group.aside.contains(&m.carrier)) {
+            sizes.entry((m.carrier, m.axis)).or_insert_with_key(|at| size_of(*at));
+        }
+    }
+    sizes
 }

@@ -7,6 +7,7 @@ use crate::graph::build::{Builder, attr};
 use crate::graph::{AttrValue, DType, Declared, DeclaredDim, Graph, Tensor, Use, ValueId};
 use crate::infer::{self, Dim};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 
 fn sizes(list: &[i64]) -> Vec<Dim> {
     list.iter().map(|n| Dim::from(*n)).collect()
@@ -64,9 +65,12 @@ fn one_group(at: Use) -> Group {
         layer: 0,
         nest: vec![],
         leaf: 0,
+        sharers: vec![],
         stored: (0..4).collect(),
         run: 1,
         heads: None,
+        aside: BTreeSet::new(),
+        spread: vec![],
         sites: vec![site],
         cuts: vec![],
     }

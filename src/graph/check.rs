@@ -4,7 +4,7 @@
 //! I5 names are unique and not empty; I6 initializer bytes fit type and dims; I7 opset imports cover all domains used.
 
 use super::id::{Id, NodeId};
-use super::model::{Graph, Use};
+use super::model::Graph;
 use super::tensor::DType;
 
 /// One broken invariant.
@@ -29,13 +29,16 @@ pub fn check(graph: &Graph) -> Vec<Violation> {
         }
         place[id.index()] = i;
     }
+    let known = known_uses(graph);
+    let mut is_input = vec![false; graph.value_count()];
+    graph.inputs().iter().for_each(|v| is_input[v.index()] = true);
     for (id, node) in graph.nodes() {
         for (slot, v) in node.inputs().iter().enumerate().filter_map(|(s, v)| v.map(|v| (s, v))) {
             let value = graph.value(v);
-            if !value.users().contains(&Use { node: id, slot }) {
+            if !known[id.index()][slot] {
                 say("I4", format!("'{}' does not know its user {}", value.name(), graph.label(id)));
             }
-            let sourced = value.producer().is_some() || value.initializer().is_some() || graph.inputs().contains(&v);
+            let sourced = value.producer().is_some() || value.initializer().is_some() || is_input[v.index()];
             if !sourced {
                 say("I2", format!("node {} reads '{}', which nothing produces", graph.label(id), value.name()));
             }
@@ -74,11 +77,24 @@ pub fn check(graph: &Graph) -> Vec<Violation> {
     }
     for v in graph.outputs() {
         let value = graph.value(*v);
-        if value.producer().is_none() && value.initializer().is_none() && !graph.inputs().contains(v) {
+        if value.producer().is_none() && value.initializer().is_none() && !is_input[v.index()] {
             say("I2", format!("graph output '{}' is made by nothing", value.name()));
         }
     }
     found
+}
+
+/// For each input of each node, whether the value there lists it among its users.
+fn known_uses(graph: &Graph) -> Vec<Vec<bool>> {
+    let mut known: Vec<Vec<bool>> = graph.nodes.iter().map(|n| vec![false; n.as_ref().map_or(0, |n| n.inputs().len())]).collect();
+    for (id, value) in graph.values() {
+        for at in value.users().iter().filter(|at| reads(graph, at.node, at.slot, id)) {
+            if let Some(slot) = known[at.node.index()].get_mut(at.slot) {
+                *slot = true;
+            }
+        }
+    }
+    known
 }
 
 fn reads(graph: &Graph, node: NodeId, slot: usize, value: super::id::ValueId) -> bool {

@@ -40,10 +40,14 @@ impl Graph {
     /// A new value; `name` is made unique by a number where it is taken (or empty).
     pub fn add_value(&mut self, name: &str) -> ValueId {
         let mut unique = name.to_string();
-        let mut n = 0;
-        while unique.is_empty() || self.names.contains_key(&unique) {
-            n += 1;
-            unique = format!("{}_{n}", if name.is_empty() { "value" } else { name });
+        if unique.is_empty() || self.names.contains_key(&unique) {
+            let base = if name.is_empty() { "value" } else { name };
+            let mut n = self.numbers.get(base).copied().unwrap_or(0);
+            while unique.is_empty() || self.names.contains_key(&unique) {
+                n += 1;
+                unique = format!("{base}_{n}");
+            }
+            self.numbers.insert(base.to_string(), n);
         }
         let id = ValueId::new(self.values.len());
         self.names.insert(unique.clone(), id);
@@ -251,6 +255,12 @@ impl Graph {
 
     /// Removes a node; its outputs become values that nothing makes.
     pub fn remove_node(&mut self, id: NodeId) {
+        self.unlink_node(id);
+        self.order.retain(|n| *n != id);
+    }
+
+    /// Removes a node from everywhere but the order.
+    fn unlink_node(&mut self, id: NodeId) {
         let Some(node) = self.nodes[id.index()].take() else { return };
         for v in node.inputs.iter().flatten().chain(&node.captures) {
             self.values[v.index()].users.retain(|u| u.node != id);
@@ -258,7 +268,6 @@ impl Graph {
         for v in node.outputs.iter().flatten() {
             self.values[v.index()].producer = None;
         }
-        self.order.retain(|n| *n != id);
     }
 
     /// Removes a graph output from the list.
@@ -280,14 +289,14 @@ impl Graph {
                 .any(|v| !self.value(*v).users.is_empty() || self.outputs.contains(v) || keep_unused(self, *v));
             if !alive {
                 removed.push(self.label(id));
-                self.remove_node(id);
+                self.unlink_node(id);
             }
         }
-        for v in self.initializers.clone() {
-            if self.value(v).users.is_empty() && !self.outputs.contains(&v) && !keep_unused(self, v) {
-                self.take_initializer(v);
-            }
-        }
+        self.order.retain(|n| self.nodes[n.index()].is_some());
+        let is_dead = |v: &ValueId| self.value(*v).users.is_empty() && !self.outputs.contains(v) && !keep_unused(self, *v);
+        let (dead, alive): (Vec<_>, Vec<_>) = self.initializers.iter().partition(|v| is_dead(v));
+        self.initializers = alive;
+        dead.into_iter().for_each(|v| self.values[v.index()].initializer = None);
         removed.reverse();
         removed
     }

@@ -217,6 +217,8 @@ pub struct Graph {
     pub(super) order: Vec<NodeId>,
     pub(super) values: Vec<Value>,
     pub(super) names: BTreeMap<String, ValueId>,
+    /// The last number that was put behind each name that was taken already.
+    pub(super) numbers: BTreeMap<String, usize>,
     pub(super) inputs: Vec<ValueId>,
     pub(super) outputs: Vec<ValueId>,
     pub(super) initializers: Vec<ValueId>,

@@ -217,6 +217,22 @@ impl Tensor {
         })
     }
 
+    /// Whether all elements are numbers: neither NaN nor infinite. Types that are not floating-point have no others.
+    pub fn is_finite(&self) -> bool {
+        // All ones in the exponent. Blocks without a way out inside are compared many elements at a time.
+        fn none<const N: usize, T: Copy>(bytes: &[u8], bits: impl Fn([u8; N]) -> T, is_special: impl Fn(T) -> bool) -> bool {
+            bytes.as_chunks::<N>().0.chunks(1024).all(|block| !block.iter().fold(false, |any, c| any | is_special(bits(*c))))
+        }
+        let b = &self.bytes[..];
+        match self.dtype {
+            DType::F32 => none(b, u32::from_le_bytes, |n| n & 0x7f80_0000 == 0x7f80_0000),
+            DType::F64 => none(b, u64::from_le_bytes, |n| n & 0x7ff0_0000_0000_0000 == 0x7ff0_0000_0000_0000),
+            DType::F16 => none(b, u16::from_le_bytes, |n| n & 0x7c00 == 0x7c00),
+            DType::BF16 => none(b, u16::from_le_bytes, |n| n & 0x7f80 == 0x7f80),
+            _ => true,
+        }
+    }
+
     /// The same shape with other float values, stored in this tensor's floating-point type.
     pub fn with_f32s(&self, values: &[f32]) -> Self {
         let bytes = match self.dtype {
@@ -304,6 +320,18 @@ mod tests {
         assert_eq!((of(DType::U4), of(DType::I4)), (Some(vec![1, 8, 15]), Some(vec![1, -8, -1])));
         let quarter = Tensor::new(DType::I2, vec![4], Bytes::from_static(&[0b11_10_01_00]));
         assert_eq!(quarter.to_i64s(), Some(vec![0, 1, -2, -1]));
+    }
+
+    #[test]
+    fn nan_and_infinity_are_seen_in_every_type() {
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            let like = Tensor::new(dtype, vec![3], Bytes::new());
+            assert!(like.with_f32s(&[0.0, -3e4, 1e-7]).is_finite());
+            for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert!(!like.with_f32s(&[1.0, 2.0, odd]).is_finite(), "{} {odd}", dtype.name());
+            }
+        }
+        assert!(Tensor::i64s(&[-1]).is_finite());
     }
 
     #[test]

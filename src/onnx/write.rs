@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use onnx_proto::{FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto};
+use onnx_proto::{FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, ValueInfoProto};
 use prost::Message;
 
 use super::error::{Cause, Error};
@@ -11,8 +11,8 @@ use super::external::DataFiles;
 use super::function::{Key, Library, Slot, domain, domains, import, name_bodies};
 use super::read::{call_prefix, node_extra};
 use super::tensor::{self, DataFile};
-use super::{attr, body, order, value_info};
-use crate::graph::{Graph, Id, NodeId, ValueId};
+use super::{attr, body, order, stream, value_info};
+use crate::graph::{DType, Graph, Id, NodeId, ValueId};
 
 /// Unit: bytes; what protobuf allows in one message.
 pub(super) const PROTO_LIMIT: usize = 0x7fff_ffff;
@@ -21,11 +21,36 @@ pub(super) const PROTO_LIMIT: usize = 0x7fff_ffff;
 ///
 /// Errors: larger than 2 GiB.
 pub fn to_bytes(graph: &Graph) -> Result<Bytes, Error> {
+    Ok(to_parts(graph, PROTO_LIMIT, &|_| false)?.0)
+}
+
+/// As [`to_bytes`] where that makes at most `limit` bytes; where it makes more, large initializers of the types that `leave_out` names
+/// are left out. They stand in the model with type and shape and as external data, at a place that is not there; the second result
+/// names them.
+///
+/// Errors: larger than 2 GiB even so.
+pub fn to_parts(graph: &Graph, limit: usize, leave_out: &dyn Fn(DType) -> bool) -> Result<(Bytes, Vec<ValueId>), Error> {
+    const LARGE: usize = 1024;
     let encode = || {
-        let model = to_model(graph, None)?;
+        let mut model = to_model(graph, None)?;
+        let mut outside = Vec::new();
+        if model.encoded_len() > limit.min(PROTO_LIMIT) {
+            let tensors = model.graph.iter_mut().flat_map(|g| &mut g.initializer);
+            for t in tensors.filter(|t| t.raw_data.as_ref().is_some_and(|r| r.len() >= LARGE)) {
+                let id = t.name.as_deref().and_then(|n| graph.find(n));
+                let held = id.and_then(|v| graph.value(v).initializer()).filter(|held| leave_out(held.dtype));
+                if let (Some(v), Some(_)) = (id, held) {
+                    t.raw_data = None;
+                    t.data_location = Some(onnx_proto::data_location::EXTERNAL);
+                    let location = StringStringEntryProto { key: Some("location".into()), value: Some("outside".into()) };
+                    t.external_data = vec![location];
+                    outside.push(v);
+                }
+            }
+        }
         match model.encoded_len() > PROTO_LIMIT {
             true => Err(Cause::OutputTooLarge),
-            false => Ok(model.encode_to_vec().into()),
+            false => Ok((stream::model(model).into_bytes(), outside)),
         }
     };
     encode().map_err(Error::bare)

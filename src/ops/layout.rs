@@ -1,7 +1,7 @@
 //! Transpose, Squeeze, Unsqueeze, Expand, Tile (opset 11 to 24): axes in another order, put in, taken out, or repeated.
 //!
 //! Squeeze and Unsqueeze have `axes` as an attribute before opset 13 and as an input from then on. An axis that is stretched
-//! from size one holds copies: no position of it can go for a reason in the input, so it is a barrier.
+//! from size one holds copies of one position, however many there are: nothing in the input speaks of it, and it may lose any.
 
 use super::shape::{sizes_of, target_of};
 use super::{Axes, Cost, Grad, OpRule, Refit};
@@ -62,11 +62,9 @@ pub static RULES: &[OpRule] = &[
         axes: Axes::Rule(tile_axes),
         grad: Grad::Rule(tile_grad),
         cost: Cost::Free,
-        refit: Refit::Nothing,
+        refit: Refit::Rule(tile_refit),
     },
 ];
-
-const STRETCHED: &str = "stretched from one";
 
 /// Input axis of each output axis of a Transpose; the reverse order where `perm` is left out, `None` where it is no order.
 fn permutation(node: &Node, rank: usize) -> Option<Vec<usize>> {
@@ -239,8 +237,7 @@ fn expand_axes(cx: &AxesCx<'_>) -> Relations {
                 relations.barrier((Slot::In(0), a), "expanded between sizes that are not known to be equal");
                 relations.barrier(to, "expanded between sizes that are not known to be equal");
             }
-            _ if !size.is(1) => relations.barrier(to, STRETCHED),
-            _ => {}
+            _ => relations.unread(to),
         }
     }
     relations
@@ -303,13 +300,22 @@ fn tile_axes(cx: &AxesCx<'_>) -> Relations {
         if size == tiled {
             relations.same(from, to);
         } else if size.is(1) {
-            relations.barrier(to, STRETCHED);
+            relations.unread(to);
         } else {
             relations.barrier(from, "repeated by Tile");
             relations.barrier(to, "repeated by Tile");
         }
     }
     relations
+}
+
+/// Repeats of cut axes that had one position; others are cut in the input.
+fn tile_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+    let input = cx.old_input(0);
+    let stretched = (0..input.len()).filter(|a| input[*a].is(1));
+    let entries = stretched.filter_map(|a| cx.kept_output(0, a).map(|kept| (a, kept.len() as i64))).collect();
+    cx.patch_ints(1, entries);
+    Ok(())
 }
 
 /// `dx` is the sum of `dy` over the repeats: `dy` seen as `[n0, d0, n1, d1, ..]`, summed over every other axis.
@@ -395,7 +401,7 @@ mod tests {
         let target = p.op("Shape", &[like], vec![]);
         let y = p.op("Expand", &[x, target], vec![]);
         assert_eq!(p.shape(y), "b n 64");
-        assert_eq!(p.axes(y), ["out0.0 | stretched from one", "in0.1 = out0.1", "in0.2 = out0.2"]);
+        assert_eq!(p.axes(y), ["out0.0 unread", "in0.1 = out0.1", "in0.2 = out0.2"]);
         assert_eq!(p.grad(y), Ok(vec!["ReduceSum".into()]));
         let c = p.ints_of(&[2, 1], &[3, 4]);
         let t = p.ints(&[2, 1, 2]);
@@ -423,9 +429,10 @@ mod tests {
         let n = p.ints(&[1, 4, 2]);
         let y = p.op("Tile", &[x, n], vec![]);
         assert_eq!(p.shape(y), "b 4 6");
-        let links = ["in0.0 = out0.0", "out0.1 | stretched from one", "in0.2 | repeated by Tile", "out0.2 | repeated by Tile"];
+        let links = ["in0.0 = out0.0", "out0.1 unread", "in0.2 | repeated by Tile", "out0.2 | repeated by Tile"];
         assert_eq!(p.axes(y), links);
         assert_eq!(p.grad(y).map(|ops| ops.last().cloned()), Ok(Some("ReduceSum".into())));
+        assert_eq!(p.refit(y, &[(y, 1, &[0, 3])]), Ok(vec![(1, vec![(1, 2)])]));
         let c = p.ints_of(&[1, 2], &[3, 4]);
         let n = p.ints(&[2, 2]);
         let t = p.op("Tile", &[c, n], vec![]);

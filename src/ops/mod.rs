@@ -139,3 +139,14 @@ pub fn lookup(domain: &str, op: &str) -> Option<&'static OpRule> {
     }
     all().find(|r| r.name == op && r.domain == domain)
 }
+
+/// Whether what is read at an input multiplies all that comes out: a zero of the other factor stays a zero whatever it holds.
+pub fn is_factor(domain: &str, op: &str, slot: usize) -> bool {
+    match (domain, op) {
+        ("" | "ai.onnx", "Mul") => true,
+        ("" | "ai.onnx", "Div") => slot == 1,
+        ("" | "ai.onnx", "RotaryEmbedding") => matches!(slot, 1 | 2),
+        ("com.microsoft", "RotaryEmbedding") => matches!(slot, 2 | 3),
+        _ => false,
+    }
+}

@@ -21,7 +21,7 @@ use crate::infer::{Fact, InferCx, normalize_axis};
 const MICROSOFT: &str = "com.microsoft";
 
 /// Why there is no gradient.
-const NO_GRAD: Grad = Grad::No("quantized numbers have no gradient: train the model before it is quantized");
+const NO_GRAD: Grad = Grad::No("quantized numbers have no gradient: train the model before");
 
 /// What a constant is to a node that reads it as part of quantized numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -234,6 +234,12 @@ fn reshape_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
             entries.push((axis, wanted as i64));
         }
     }
+    let open = cx.old_ints(1).and_then(|t| t.iter().position(|d| d.is(-1)));
+    if let (Some(axis), true) = (open, entries.iter().any(|(_, n)| *n == -1)) {
+        let size = cx.kept_output(0, axis).map(<[_]>::len).or(output[axis].size());
+        let size = size.ok_or_else(|| cx.error(format!("output axes {axis} and another are only known at run time")))?;
+        entries.push((axis, size as i64));
+    }
     cx.patch_ints(1, entries);
     Ok(())
 }
@@ -355,6 +361,20 @@ mod tests {
         let (mut p, y) = reshaped("2 3 6", &[6, 0, 2]);
         let x = p.graph.inputs()[0];
         assert_eq!(p.refit(y, &[(x, 1, &[0, 1]), (y, 0, &[0, 1, 3, 4])]), Ok(vec![(1, vec![(0, 4), (1, 3)])]));
+    }
+
+    #[test]
+    fn a_target_has_one_open_size_after_a_cut() {
+        // SAM: q, k and v as [3, batch * heads, tokens, -1], of which whole heads go.
+        let mut p = Probe::new(17);
+        let x = p.input("x", "3 b 4 16 8");
+        let like = p.input("like", "b");
+        let images = p.op("Shape", &[like], vec![]);
+        let (three, heads, rest) = (p.ints(&[3]), p.ints(&[4]), p.ints(&[16, -1]));
+        let rows = p.op("Mul", &[images, heads], vec![]);
+        let target = p.op("Concat", &[three, rows, rest], vec![int_attr("axis", 0)]);
+        let y = p.op("Reshape", &[x, target], vec![]);
+        assert_eq!(p.refit(y, &[(x, 2, &[0]), (y, 1, &[])]), Ok(vec![(1, vec![(1, -1), (3, 8)])]));
     }
 
     #[test]

@@ -61,7 +61,20 @@ pub struct Cut {
 
 /// Applies a plan to the model's own weights, or to those of a run with its gates folded in.
 pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> Result<Cut, Error> {
-    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
+    // The file is read once more for its hash, which takes as long as cutting.
+    let (found, cut) = std::thread::scope(|scope| {
+        let hash = scope.spawn(|| model.sha256());
+        let cut = cut_fitting(model, plan_path, plan, run);
+        (hash.join(), cut)
+    });
+    let found = found.map_err(|_| Error::unsuitable(&model.path, "cannot be hashed".to_string()))??;
+    plan.check_model(plan_path, &found)?;
+    cut
+}
+
+/// As [`cut`], of a plan that may belong to another model.
+fn cut_fitting(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> Result<Cut, Error> {
+    plan.check_groups(plan_path, &model.anatomy)?;
     let kept = plan.kept();
     check_elements(model, &kept)?;
     let mut plan = Plan { weights: None, edited: Vec::new(), split: Vec::new(), ..plan.clone() };
@@ -240,6 +253,9 @@ fn bad_elements(graph: &Graph, v: ValueId) -> Option<String> {
     let name = onnx::shown(graph.value(v).name());
     if !(tensor.dtype.is_float() || is_integer(tensor.dtype)) {
         return Some(format!("initializer {name} has type {}, not supported", tensor.dtype.name()));
+    }
+    if tensor.is_finite() {
+        return None;
     }
     let values = tensor.to_f32s()?;
     let is_weight = tensor.dims.iter().filter(|d| **d > 1).count() >= 2;

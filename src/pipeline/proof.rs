@@ -3,7 +3,6 @@
 use super::{Base, Error, Model};
 use crate::data::{BatchOrder, Dataset};
 use crate::graph::Graph;
-use crate::onnx;
 use crate::plan::Plan;
 use crate::slice;
 use crate::verify::{self, Settings, Subject, Verdict, weights};
@@ -40,13 +39,11 @@ pub fn prove(
     sliced.graph = out.clone();
     let names = plan.edited.iter().map(|e| e.initializer.clone()).collect();
     let twin = slice::twin::build(graph, facts, anatomy, &kept, &sliced, &names);
-    let (original, twin, bytes) = (onnx::to_bytes(model.graph())?, onnx::to_bytes(&twin)?, onnx::to_bytes(out)?);
     let subject = Subject {
         graph: model.graph(),
         facts: &model.facts,
-        original: &original,
         twin: &twin,
-        out: &bytes,
+        out,
         is_edited: !plan.edited.is_empty(),
         weights: difference.as_ref(),
     };

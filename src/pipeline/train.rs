@@ -7,7 +7,6 @@ use crate::bench::{self, Contender};
 use crate::data::Dataset;
 use crate::eval::{self, EvalError, EvalOptions, Evaluation};
 use crate::graph::Graph;
-use crate::onnx;
 use crate::runtime::{self, LibraryChoice, RuntimeName, SessionOptions};
 use crate::search::{self, Config, FinetuneConfig, FinetuneJob, Finetuned, Job, Outcome, Progress};
 use crate::verify::feeds::{self, Feeds};
@@ -112,7 +111,7 @@ pub fn evaluate(model: &Model, reference: Option<&Model>, ask: &EvalAsk<'_>, sto
     let fixed = eval::fixed_batch(model.graph(), &model.facts);
     let loaders = std::thread::available_parallelism().map_or(1, usize::from);
     let options = EvalOptions { batch: fixed.unwrap_or(ask.batch), is_batch_fixed: fixed.is_some(), loaders, output };
-    let open = |graph: &Graph| -> Result<_, Error> { Ok(runtime::open(RuntimeName::Ort, &onnx::to_bytes(graph)?, ask.session)?) };
+    let open = |graph: &Graph| -> Result<_, Error> { Ok(runtime::open_graph(RuntimeName::Ort, graph, ask.session)?) };
     let mut session = open(model.graph())?;
     let mut other = reference.map(|r| open(r.graph())).transpose()?;
     let found = match &mut other {
@@ -139,7 +138,7 @@ pub fn bench_feeds(
     for name in leading.flat_map(|d| d.names()) {
         sizes.entry(name.to_string()).or_insert(batch as i64);
     }
-    let mut session = runtime::open(runtime, &onnx::to_bytes(graph)?, options)?;
+    let mut session = runtime::open_graph(runtime, graph, options)?;
     let mut run = |feeds: &Feeds| match session.run(feeds) {
         Ok(outputs) if outputs.iter().all(|(_, a)| compare::is_finite(a)) => Tried::Finite,
         Ok(_) => Tried::NotFinite,
@@ -153,8 +152,8 @@ pub fn bench_feeds(
 
 /// Latency of one model, or of several in turn, on the same inputs.
 pub fn bench(models: &[&Model], feeds: &Feeds, settings: &bench::Settings) -> Result<bench::Report, Error> {
-    let bytes = models.iter().map(|m| Ok(onnx::to_bytes(m.graph())?)).collect::<Result<Vec<_>, Error>>()?;
     let names: Vec<String> = models.iter().map(|m| m.path.display().to_string()).collect();
-    let contenders: Vec<Contender<'_>> = bytes.iter().zip(&names).map(|(bytes, name)| Contender { name, bytes, feeds }).collect();
+    let contenders: Vec<Contender<'_>> =
+        models.iter().zip(&names).map(|(m, name)| Contender { name, graph: m.graph(), feeds }).collect();
     Ok(bench::measure(&contenders, settings)?)
 }

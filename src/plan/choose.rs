@@ -157,13 +157,14 @@ impl Ladder<'_> {
 
     /// Stored dims per head after `n` steps.
     fn width_after(&self, n: usize) -> usize {
-        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / self.group.nest_count().max(1));
-        self.group.stored.len() - n * per_head
+        let heads = self.group.nest_count() * self.group.sharing();
+        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / heads.max(1));
+        self.group.width() - n * per_head
     }
 
     /// The greatest number of steps up to `n` that leaves a rounded width.
     fn rounded(&self, n: usize, round: usize) -> usize {
-        if round <= 1 || self.group.stored.len() < round {
+        if round <= 1 || self.group.width() < round {
             return n;
         }
         (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
@@ -171,7 +172,7 @@ impl Ladder<'_> {
 }
 
 fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> usize {
-    let width = ladder.group.stored.len();
+    let width = ladder.group.width();
     let target = (fraction * width as f64).round() as usize;
     let n = (0..=ladder.steps.len()).find(|n| ladder.width_after(*n) <= target).unwrap_or(ladder.steps.len());
     ladder.rounded(n, limits.round)
@@ -179,19 +180,13 @@ fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> us
 
 /// All steps of all ladders, in the order of score per cost.
 fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usize> {
-    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
     for (i, l) in ladders.iter().enumerate() {
         if l.steps.is_empty() {
             continue;
         }
-        let mut one = vec![0; ladders.len()];
-        one[i] = 1;
-        let after = cost_after(ladders, &one, model);
-        let saved = match (by_macs, whole.macs, after.macs) {
-            (true, Some(a), Some(b)) => a.saturating_sub(b),
-            _ => whole.params.saturating_sub(after.params),
-        };
+        let step = model.first_step(l.group);
+        let saved = if by_macs { step.macs.unwrap_or(step.params) } else { step.params };
         let mut floor = f64::NEG_INFINITY;
         for (n, (_, score)) in l.steps.iter().enumerate() {
             floor = floor.max(score / saved.max(1) as f64);
@@ -203,19 +198,14 @@ fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usiz
 }
 
 fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Cost {
-    let sizes: BTreeMap<ClassId, usize> = ladders
-        .iter()
-        .zip(counts)
+    let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
+    let sizes: BTreeMap<ClassId, usize> = shortened()
         .filter(|(l, _)| l.group.kind != Kind::Token)
         .map(|(l, n)| (l.group.leaf, l.group.class_size() - n * l.group.run))
         .collect();
-    let tokens: BTreeMap<usize, usize> = ladders
-        .iter()
-        .zip(counts)
-        .filter(|(l, _)| l.group.kind == Kind::Token)
-        .map(|(l, n)| (l.group.layer, l.width_after(*n)))
-        .collect();
-    model.under(&|class| sizes.get(&class).copied(), &tokens)
+    let tokens: BTreeMap<usize, usize> =
+        shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
+    model.under(&sizes, &tokens)
 }
 
 fn steps_for_budget(

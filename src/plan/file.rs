@@ -199,16 +199,26 @@ impl Plan {
 
     /// Checks that the plan was made for this model.
     pub fn check(&self, path: &Path, sha256: &str, anatomy: &Anatomy) -> Result<(), PlanFileError> {
-        let file = path.display().to_string();
-        let start = |s: &str| s.chars().take(8).collect::<String>();
-        if !self.model_sha256.is_empty() && self.model_sha256 != sha256 {
-            return Err(PlanFileError::OtherModel { file, asked: start(&self.model_sha256), found: start(sha256) });
+        self.check_model(path, sha256)?;
+        self.check_groups(path, anatomy)
+    }
+
+    /// Checks that the plan was made for the model file with this hash.
+    pub fn check_model(&self, path: &Path, sha256: &str) -> Result<(), PlanFileError> {
+        if self.model_sha256.is_empty() || self.model_sha256 == sha256 {
+            return Ok(());
         }
-        for (id, kept) in &self.groups {
-            if let Some(g) = anatomy.groups.iter().find(|g| g.id == *id)
-                && g.units() != kept.of
-            {
-                return Err(PlanFileError::OtherSize { file, group: id.clone(), asked: kept.of, found: g.units() });
+        let start = |s: &str| s.chars().take(8).collect::<String>();
+        let file = path.display().to_string();
+        Err(PlanFileError::OtherModel { file, asked: start(&self.model_sha256), found: start(sha256) })
+    }
+
+    /// Checks that the model's groups have as many units as the plan says.
+    pub fn check_groups(&self, path: &Path, anatomy: &Anatomy) -> Result<(), PlanFileError> {
+        for g in &anatomy.groups {
+            if let Some(kept) = self.groups.get(&g.id).filter(|kept| g.units() != kept.of) {
+                let file = path.display().to_string();
+                return Err(PlanFileError::OtherSize { file, group: g.id.clone(), asked: kept.of, found: g.units() });
             }
         }
         Ok(())

@@ -15,6 +15,9 @@ pub enum Error {
         /// The engine asked for.
         runtime: RuntimeName,
     },
+    /// The graph cannot be written as an ONNX model.
+    #[error(transparent)]
+    Encode(#[from] crate::onnx::Error),
     /// No library in any of the places.
     #[error("ONNX Runtime not found (looked in {}); use --ort-lib or --runtimes tract", Places(looked))]
     LibraryNotFound {

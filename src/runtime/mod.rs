@@ -1,6 +1,7 @@
 //! The engines that run a model: ONNX Runtime (loaded at run time) and tract (linked in). No other module touches an engine.
 //!
-//! A model is always given as the bytes of a self-contained ONNX file that vitrim wrote itself, without value_info.
+//! A model is always given as the bytes of an ONNX file that vitrim wrote itself, without value_info and without data files; what is
+//! too large for that is handed over beside the bytes.
 //! Example: `open(RuntimeName::Ort, &bytes, &SessionOptions::default())?.run(&[("x".into(), x)])?` gives the outputs
 //! in the model's order, for x of \[B, 3, 224, 224\] logits of \[B, classes\].
 //!
@@ -20,8 +21,9 @@ mod train;
 
 use std::fmt;
 
-use crate::data::array::{Array, ArrayKind};
-use crate::graph::DType;
+use crate::data::array::{Array, ArrayData, ArrayKind};
+use crate::graph::{DType, Graph, Tensor, ValueId};
+use crate::onnx;
 pub use error::{Error, Looked};
 pub use install::{InstallOptions, Progress, find_or_install, install, library_sha256};
 pub use library::{Found, LibraryChoice, LibrarySource, Surroundings, find, search};
@@ -155,6 +157,43 @@ pub trait Session: Send {
 /// engine's words where it refuses the model.
 pub fn open(name: RuntimeName, model_bytes: &[u8], options: &SessionOptions) -> Result<Box<dyn Session>, Error> {
     open_with_initializers(name, model_bytes, Vec::new(), options)
+}
+
+/// Unit: bytes. A larger model goes to ONNX Runtime with its large initializers beside it: read from one message they would be copied
+/// several times.
+const ONE_MESSAGE: usize = 64 << 20;
+
+/// Opens a graph in an engine, whatever its size.
+///
+/// Errors: as [`open_with_initializers`]; [`Error::Encode`] for a graph that cannot be encoded.
+pub fn open_graph(name: RuntimeName, graph: &Graph, options: &SessionOptions) -> Result<Box<dyn Session>, Error> {
+    let limit = if name == RuntimeName::Ort { ONE_MESSAGE } else { usize::MAX };
+    let (bytes, outside) = onnx::to_parts(graph, limit, &|dtype| kind_of(dtype).is_some())?;
+    let content = |v: &ValueId| {
+        let value = graph.value(*v);
+        Some((value.name().to_string(), array_of(value.initializer()?)?))
+    };
+    open_with_initializers(name, &bytes, outside.iter().filter_map(content).collect(), options)
+}
+
+/// The elements of a tensor, where its type is one that is fed.
+fn array_of(tensor: &Tensor) -> Option<Array> {
+    fn all<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
+        bytes.as_chunks::<N>().0.iter().map(|c| f(*c)).collect()
+    }
+    let b = &tensor.bytes[..];
+    let data = match kind_of(tensor.dtype)? {
+        ArrayKind::F32 => ArrayData::F32(all(b, f32::from_le_bytes)),
+        ArrayKind::F16 => ArrayData::F16(all(b, u16::from_le_bytes)),
+        ArrayKind::BF16 => ArrayData::BF16(all(b, u16::from_le_bytes)),
+        ArrayKind::F64 => ArrayData::F64(all(b, f64::from_le_bytes)),
+        ArrayKind::I64 => ArrayData::I64(all(b, i64::from_le_bytes)),
+        ArrayKind::I32 => ArrayData::I32(all(b, i32::from_le_bytes)),
+        ArrayKind::U8 => ArrayData::U8(b.to_vec()),
+        ArrayKind::I8 => ArrayData::I8(all(b, i8::from_le_bytes)),
+        ArrayKind::Bool => ArrayData::Bool(b.to_vec()),
+    };
+    Some(Array { dims: tensor.dims.clone(), data })
 }
 
 /// As [`open`], with initializers handed over beside the bytes, so that a model may be larger than the 2 GB that

@@ -9,7 +9,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
-/// L2 norm of all weights that go with a unit, quantized ones as the floats that they stand for. Tokens, which have none, get equal scores.
+/// L2 norm of all weights that go with a unit, quantized ones as the floats that they stand for; units that go together share theirs.
+/// Tokens, which have none, get equal scores.
 pub fn magnitude(graph: &Graph, anatomy: &Anatomy) -> Scores {
     let groups = anatomy.groups.iter().map(|g| (g.id.clone(), group_magnitude(graph, anatomy, g))).collect();
     Scores { groups, by: "magnitude".into(), model_sha256: String::new() }
@@ -38,7 +39,9 @@ fn group_magnitude(graph: &Graph, anatomy: &Anatomy, group: &Group) -> Vec<f32> 
             }
         }
     }
-    (0..group.units()).map(|u| sums[u / width * size + group.stored[u % width]].sqrt() as f32).collect()
+    let together: Vec<f64> = (0..width).map(|u| group.bundle(u).len() as f64).collect();
+    let norm = |u: usize| sums[u / width * size + group.stored[u % width]].sqrt() / together[u % width];
+    (0..group.units()).map(|u| norm(u) as f32).collect()
 }
 
 /// Uniform in [0, 1), from a stream of its own for each group: the same seed gives the same scores, whatever other groups exist.

@@ -17,7 +17,6 @@ use crate::data::{Augment, BatchOrder, Dataset, Start, Tail};
 use crate::eval::{self, EvalOptions, Evaluation};
 use crate::graph::{Graph, Tensor};
 use crate::infer::Facts;
-use crate::onnx;
 use crate::runtime::{self, LibraryChoice, RuntimeName, Session, SessionOptions};
 use crate::supernet::{self, Options, Train};
 use std::collections::BTreeMap;
@@ -211,7 +210,7 @@ fn is_better(found: &Evaluation, best: &Evaluation, given: &Evaluation) -> bool 
 }
 
 fn open(graph: &Graph, options: &SessionOptions) -> Result<Box<dyn Session>, SearchError> {
-    Ok(runtime::open(RuntimeName::Ort, &onnx::to_bytes(graph)?, options)?)
+    Ok(runtime::open_graph(RuntimeName::Ort, graph, options)?)
 }
 
 /// Judges models on images that do not train.

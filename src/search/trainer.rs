@@ -6,7 +6,6 @@ use super::SearchError;
 use super::step::{StateTensor, StepGraph};
 use crate::data::{Array, ArrayData, Batch};
 use crate::graph::Graph;
-use crate::onnx;
 use crate::runtime::{self, BoundSession, DeviceInUse, RuntimeName, Session, SessionOptions, StateSpec};
 use crate::supernet::{GateInput, Param};
 use std::collections::BTreeMap;
@@ -31,7 +30,7 @@ pub(crate) struct Teacher {
 
 impl Teacher {
     pub(crate) fn open(graph: &Graph, options: &SessionOptions, label_share: f64) -> Result<Self, SearchError> {
-        let session = runtime::open(RuntimeName::Ort, &onnx::to_bytes(graph)?, options)?;
+        let session = runtime::open_graph(RuntimeName::Ort, graph, options)?;
         Ok(Self { session, label_share })
     }
 

@@ -5,6 +5,7 @@
 
 use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::{AxisOf, CarrierId, ClassId, Region};
+use crate::graph::Use;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Units kept of each group that loses some.
@@ -154,24 +155,22 @@ impl<'a> CutSet<'a> {
 
     /// Carriers and axes that lose positions.
     pub fn touched(&self) -> BTreeSet<AxisOf> {
-        let members = self.classes.iter().flat_map(|c| &self.anatomy.axes.classes()[*c].members);
-        members.map(|m| (m.carrier, m.axis)).collect()
+        let members = |r: &'_ Removal<'a>| {
+            let all = self.anatomy.axes.classes()[r.group.leaf].members.iter();
+            all.filter(|m| !r.group.aside.contains(&m.carrier)).map(|m| (m.carrier, m.axis)).collect::<Vec<_>>()
+        };
+        self.removals.iter().flat_map(members).collect()
     }
 
-    /// Which positions of a region are removed.
-    fn gone_in(&self, region: &Region) -> Vec<bool> {
+    /// Which positions of a region of a carrier are removed.
+    fn gone_in(&self, carrier: CarrierId, region: &Region) -> Vec<bool> {
         let mut gone = vec![false; region.positions.len()];
-        for r in &self.removals {
+        for r in self.removals.iter().filter(|r| !r.group.aside.contains(&carrier)) {
             if !region.factors.iter().any(|(c, _)| *c == r.group.leaf) {
                 continue;
             }
             for (offset, gone) in gone.iter_mut().enumerate() {
-                let mut rest = offset;
-                let mut at: BTreeMap<ClassId, usize> = BTreeMap::new();
-                for (class, size) in region.factors.iter().rev() {
-                    at.insert(*class, rest % size);
-                    rest /= size;
-                }
+                let at = region.coordinates(offset);
                 let row = r.group.nest.iter().fold(0, |row, (class, size)| {
                     row * size + at.get(class).or_else(|| self.stand_in.get(class)).copied().unwrap_or(0)
                 });
@@ -183,41 +182,81 @@ impl<'a> CutSet<'a> {
 
     /// What stays of an axis of a carrier, all cases together.
     pub fn stays(&self, at: AxisOf) -> Stays {
-        let mut patterns: BTreeMap<Vec<usize>, Vec<bool>> = BTreeMap::new();
-        let mut ragged = false;
-        for region in self.anatomy.axes.regions(at) {
-            let gone = self.gone_in(&region);
-            let count = |g: &[bool]| g.iter().filter(|x| **x).count();
-            match patterns.get(&region.positions) {
-                Some(known) => ragged |= count(known) != count(&gone),
-                None => {
-                    patterns.insert(region.positions, gone);
+        let sections = self.anatomy.axes.sections(at);
+        if sections.is_empty() {
+            let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c));
+            return if cut { Stays::Scaled } else { Stays::Whole };
+        }
+        // The first section stands for all of them, as long as the others keep as much: in all, and of equal cells.
+        let mut counts: BTreeMap<&[usize], usize> = BTreeMap::new();
+        let mut first: Option<Vec<usize>> = None;
+        let mut lost = false;
+        for section in &sections {
+            let mut kept: Vec<usize> = Vec::new();
+            for region in section {
+                let gone = self.gone_in(at.0, region);
+                lost |= gone.contains(&true);
+                let left = region.positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p);
+                let before = kept.len();
+                kept.extend(left);
+                let count = kept.len() - before;
+                if *counts.entry(&region.positions).or_insert(count) != count {
+                    return Stays::Ragged;
                 }
             }
+            kept.sort_unstable();
+            let one = first.get_or_insert_with(|| kept.clone());
+            if one.len() != kept.len() {
+                return Stays::Ragged;
+            }
         }
-        if ragged {
-            return Stays::Ragged;
-        }
-        let symbolic = patterns.is_empty();
-        if symbolic && self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c)) {
-            return Stays::Scaled;
-        }
-        let mut kept: Vec<usize> = Vec::new();
-        let mut lost = false;
-        for (positions, gone) in patterns {
-            lost |= gone.iter().any(|g| *g);
-            kept.extend(positions.iter().zip(gone).filter(|(_, gone)| !gone).map(|(p, _)| *p));
-        }
-        kept.sort_unstable();
-        if lost { Stays::Positions(kept) } else { Stays::Whole }
+        if lost { Stays::Positions(first.unwrap_or_default()) } else { Stays::Whole }
     }
 
     /// What stays of an axis of a carrier in one case, and the positions that the case covers.
     pub fn stays_in_case(&self, at: AxisOf, case: usize) -> Option<(Vec<usize>, Vec<usize>)> {
         let region = self.anatomy.axes.region(at, case)?;
-        let gone = self.gone_in(&region);
+        let gone = self.gone_in(at.0, &region);
         let kept = region.positions.iter().zip(gone).filter(|(_, g)| !g).map(|(p, _)| *p).collect();
         Some((kept, region.positions))
+    }
+
+    /// Where constants that hold one value for all heads meet heads that keep different dims.
+    pub(super) fn spread(&self) -> BTreeSet<Use> {
+        self.removals.iter().flat_map(|r| r.group.spread.iter().copied()).collect()
+    }
+
+    /// Classes of the heads that keep different dims where `at` reads a constant.
+    pub(super) fn heads_at(&self, at: Use) -> BTreeSet<ClassId> {
+        self.spread_at(at).flat_map(|r| r.group.nest.iter().map(|(c, _)| *c)).collect()
+    }
+
+    /// Positions on an axis of a constant that stay for one head, where `at` reads it.
+    pub(super) fn stays_for_head(&self, at: Use, axis: AxisOf, head: &BTreeMap<ClassId, usize>) -> Vec<usize> {
+        let mut gone: BTreeSet<usize> = BTreeSet::new();
+        for r in self.spread_at(at) {
+            let row = r.group.nest.iter().fold(0, |row, (class, size)| row * size + head.get(class).copied().unwrap_or(0));
+            for region in self.anatomy.axes.regions(axis) {
+                for (offset, position) in region.positions.iter().enumerate() {
+                    let leaf = region.coordinates(offset).get(&r.group.leaf).copied();
+                    if leaf.is_some_and(|leaf| r.gone.contains(&(row, leaf))) {
+                        gone.insert(*position);
+                    }
+                }
+            }
+        }
+        let size = self.anatomy.axes.carriers()[axis.0].shape[axis.1].size().unwrap_or(0);
+        (0..size).filter(|p| !gone.contains(p)).collect()
+    }
+
+    /// Whether an axis holds a class that a constant keeps whole where `at` reads it.
+    pub(super) fn is_spread(&self, at: Use, axis: AxisOf) -> bool {
+        let on = self.anatomy.axes.classes_on(axis);
+        self.spread_at(at).any(|r| on.contains(&r.group.leaf))
+    }
+
+    fn spread_at(&self, at: Use) -> impl Iterator<Item = &Removal<'a>> {
+        self.removals.iter().filter(move |r| r.group.spread.contains(&at))
     }
 
     /// Number of cases of a carrier.

@@ -9,6 +9,7 @@
 mod branch;
 mod constants;
 pub mod cutset;
+mod heads;
 pub mod refit;
 mod shapes;
 mod tokens;
@@ -110,7 +111,7 @@ pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analy
     if sites.is_empty() {
         return cut_units(graph, facts, anatomy, kept);
     }
-    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, &sites)?;
+    let (shorter, mut cuts, mut cloned) = tokens::cut(graph, facts, anatomy, &sites)?;
     let (facts, anatomy) = analyse(&shorter)?;
     let left: Kept =
         kept.iter().filter(|(id, _)| !id.starts_with(Kind::Token.as_str())).map(|(i, k)| (i.clone(), k.clone())).collect();
@@ -153,6 +154,7 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
     for (at, edit) in edits {
         constants::edit(&mut out, at, &edit, &mut cuts, &mut cloned);
     }
+    heads::spread(&mut out, graph, &anatomy.axes, &cut);
     out.sort();
     let removed = out.remove_dead(&|g, v| v.index() < unused.len() && unused[v.index()] && g.value(v).users().is_empty());
     let added = out.order().iter().filter(|id| !before.contains(id)).map(|id| out.label(*id)).collect();

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Tokens that stay at each site that loses some, in the order of layers: a token that is gone stays gone.
 pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a TokenSite, BTreeSet<usize>)> {
     let mut out: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
-    for site in &anatomy.tokens {
+    for site in &anatomy.tokens.sites {
         let group = anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer);
         let Some(units) = group.and_then(|g| kept.get(&g.id)) else { continue };
         let mut stays: BTreeSet<usize> = units.iter().copied().chain(site.pinned.iter().copied()).collect();
@@ -29,24 +29,33 @@ pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a Tok
     out
 }
 
+/// The sites alone.
+pub(super) fn sites_of<'a>(sites: &[(&'a TokenSite, BTreeSet<usize>)]) -> Vec<&'a TokenSite> {
+    sites.iter().map(|(site, _)| *site).collect()
+}
+
 /// Shortens the sequence at every site that loses tokens.
 pub(super) fn cut(
     graph: &Graph,
     facts: &Facts,
+    anatomy: &Anatomy,
     sites: &[(&TokenSite, BTreeSet<usize>)],
 ) -> Result<(Graph, Vec<TensorCut>, Vec<Cloned>), RefitError> {
     let mut out = graph.clone();
     // Which positions stay of each axis that holds tokens: by the last site before it.
     let mut stays: BTreeMap<(ValueId, usize), Vec<usize>> = BTreeMap::new();
     let mut needs: BTreeMap<ValueId, BTreeMap<Use, Keeps>> = BTreeMap::new();
-    for (site, kept) in sites {
+    for (number, stretch) in anatomy.tokens.last_before(&sites_of(sites)) {
+        let kept = &sites[number].1;
         let positions = |list: &[usize]| -> Vec<usize> {
             (0..list.len()).filter(|i| list[*i] == FIXED || kept.contains(&list[*i])).collect()
         };
-        stays.extend(site.reach.iter().map(|(at, list)| (*at, positions(list))));
-        for (at, axis, list) in &site.constants {
+        for (at, list) in &stretch.reach {
+            stays.entry(*at).or_insert_with(|| positions(list));
+        }
+        for (at, axis, list) in &stretch.constants {
             if let Some(v) = graph.node(at.node).input(at.slot) {
-                needs.entry(v).or_default().entry(*at).or_default().insert(*axis, positions(list));
+                needs.entry(v).or_default().entry(*at).or_default().entry(*axis).or_insert_with(|| positions(list));
             }
         }
     }

@@ -3,7 +3,7 @@
 //! Units are zeroed in the constants that the slice cuts. Tokens get -1e4 on their key logits, and means over tokens count only those
 //! that stay. What the plan edited takes the values of the sliced model, padded with zeros.
 
-use super::tokens::kept_tokens;
+use super::tokens::{kept_tokens, sites_of};
 use super::{Sliced, TensorCut};
 use crate::anatomy::{Anatomy, FIXED};
 use crate::graph::build::Builder;
@@ -118,7 +118,8 @@ fn spread(whole: &Tensor, small: &Tensor, cuts: &[&TensorCut]) -> Tensor {
 
 fn token_constants(graph: &Graph, anatomy: &Anatomy, kept: &Kept) -> BTreeSet<(String, usize)> {
     let sites = kept_tokens(anatomy, kept);
-    let constants = sites.iter().flat_map(|(site, _)| &site.constants);
+    let behind = anatomy.tokens.last_before(&sites_of(&sites));
+    let constants = behind.iter().flat_map(|(_, stretch)| &stretch.constants);
     constants
         .filter_map(|(at, axis, _)| graph.node(at.node).input(at.slot).map(|v| (graph.value(v).name().to_string(), *axis)))
         .collect()
@@ -128,12 +129,14 @@ fn token_constants(graph: &Graph, anatomy: &Anatomy, kept: &Kept) -> BTreeSet<(S
 fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
     let mut done = BTreeSet::new();
     // The last site before a softmax says what stays there.
-    for (site, stays) in kept_tokens(anatomy, kept).iter().rev() {
+    let sites = kept_tokens(anatomy, kept);
+    for (number, stretch) in anatomy.tokens.last_before(&sites_of(&sites)) {
+        let stays = &sites[number].1;
         let gone_at = |list: &[usize]| -> Vec<bool> { list.iter().map(|t| *t != FIXED && !stays.contains(t)).collect() };
-        for (id, axis) in site.softmaxes.iter().chain(&site.means) {
+        for (id, axis) in stretch.softmaxes.iter().chain(&stretch.means) {
             let Some(input) = out.node(*id).input(0) else { continue };
             let original = input;
-            let Some(list) = site.reach.get(&(original, *axis)) else { continue };
+            let Some(list) = stretch.reach.get(&(original, *axis)) else { continue };
             if !done.insert(*id) {
                 continue;
             }
@@ -143,7 +146,7 @@ fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
             let mut dims = vec![1; rank];
             dims[*axis] = list.len();
             let like = Tensor { dims, ..Tensor::new(dtype, vec![], bytes::Bytes::new()) };
-            let is_mean = site.means.contains(&(*id, *axis));
+            let is_mean = stretch.means.contains(&(*id, *axis));
             let left = gone.iter().filter(|g| !**g).count();
             let scale = list.len() as f32 / left.max(1) as f32;
             let values: Vec<f32> = gone

@@ -2,8 +2,8 @@
 
 use super::gate::{GateGroup, GateSite};
 use super::token::{TokenGate, TokenSite};
-use crate::anatomy::{self, Anatomy, Kind};
-use crate::graph::{Graph, Use, ValueId};
+use crate::anatomy::{self, Anatomy, Kind, Stretch};
+use crate::graph::{Graph, NodeId, Use};
 
 /// Gates of all groups of an anatomy; tokens that always stay, and positions that hold none, are not gated.
 pub fn gates_of(graph: &Graph, anatomy: &Anatomy) -> (Vec<GateGroup>, Vec<TokenGate>) {
@@ -13,8 +13,8 @@ pub fn gates_of(graph: &Graph, anatomy: &Anatomy) -> (Vec<GateGroup>, Vec<TokenG
         if group.kind != Kind::Token {
             let sites = group.sites.iter().map(gate_site).collect();
             groups.push(GateGroup { id, kind: group.kind.as_str().to_string(), units, sites });
-        } else if let Some(site) = anatomy.tokens.iter().find(|s| s.layer == group.layer) {
-            tokens.push(TokenGate { id, units, sites: token_sites(graph, site) });
+        } else if let Some(site) = anatomy.tokens.sites.iter().find(|s| s.layer == group.layer) {
+            tokens.push(TokenGate { id, units, sites: token_sites(graph, anatomy, site) });
         }
     }
     (groups, tokens)
@@ -25,18 +25,20 @@ fn gate_site(site: &anatomy::Site) -> GateSite {
     GateSite { value_use: site.at, axes: site.axes.clone(), index }
 }
 
-fn token_sites(graph: &Graph, site: &anatomy::TokenSite) -> Vec<TokenSite> {
-    let index = |value: Option<ValueId>, axis: usize| -> Option<Vec<Option<u32>>> {
+fn token_sites(graph: &Graph, anatomy: &Anatomy, site: &anatomy::TokenSite) -> Vec<TokenSite> {
+    let input = |node: NodeId| graph.node(node).input(0);
+    let index = |stretch: &Stretch, (node, axis): &(NodeId, usize)| -> Option<Vec<Option<u32>>> {
         let gated = |t: &usize| if *t == anatomy::FIXED || site.pinned.contains(t) { None } else { u32::try_from(*t).ok() };
-        Some(site.reach.get(&(value?, axis))?.iter().map(gated).collect())
+        Some(stretch.reach.get(&(input(*node)?, *axis))?.iter().map(gated).collect())
     };
-    let keys = site.softmaxes.iter().filter_map(|(node, axis)| {
-        let index = index(graph.node(*node).input(0), *axis)?;
-        Some(TokenSite::Keys { at: Use { node: *node, slot: 0 }, axis: *axis, index })
+    let behind = || anatomy.tokens.behind(site);
+    let keys = behind().flat_map(|s| s.softmaxes.iter().map(move |at| (s, at))).filter_map(|(stretch, at)| {
+        let index = index(stretch, at)?;
+        Some(TokenSite::Keys { at: Use { node: at.0, slot: 0 }, axis: at.1, index })
     });
-    let means = site.means.iter().filter_map(|(node, axis)| {
-        let index = index(graph.node(*node).input(0), *axis)?;
-        Some(TokenSite::Mean { node: *node, axis: *axis, index })
+    let means = behind().flat_map(|s| s.means.iter().map(move |at| (s, at))).filter_map(|(stretch, at)| {
+        let index = index(stretch, at)?;
+        Some(TokenSite::Mean { node: at.0, axis: at.1, index })
     });
     keys.chain(means).collect()
 }

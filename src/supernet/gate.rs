@@ -194,6 +194,9 @@ fn gate_operand<'a>(
     let (model, facts) = model;
     let constant = graph.constant(operand).map(|tensor| tensor.dtype);
     let dtype = constant.or_else(|| facts.get(operand).dtype).unwrap_or(DType::F32);
+    if !dtype.is_float() {
+        return Err((sites[0].0, format!("its operand is {}: quantized numbers take no gate", dtype.name())));
+    }
     let shape = shape_of(graph, facts, operand).ok_or((sites[0].0, "the operand's rank is unknown".to_string()))?;
     let mut whole: Option<ValueId> = None;
     let mut operand_now = operand;
@@ -206,9 +209,9 @@ fn gate_operand<'a>(
         match spread.split {
             None => whole = Some(whole.map_or(factor, |w| b.mul(w, factor))),
             Some(split) => {
-                let parts = b.reshape(operand_now, &split.apart);
+                let parts = split.apart(&mut b, operand_now);
                 let product = b.mul(parts, factor);
-                operand_now = b.reshape(product, &split.together);
+                operand_now = split.together(&mut b, product, operand_now);
             }
         }
     }

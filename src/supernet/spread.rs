@@ -40,17 +40,48 @@ pub(super) struct Spread {
     pub(super) split: Option<Split>,
 }
 
-/// Reshape targets that split an axis of the operand and join it again.
+/// An axis of the operand that is split before it meets the gate, and joined again.
 pub(super) struct Split {
-    pub(super) apart: Vec<i64>,
-    pub(super) together: Vec<i64>,
+    axis: usize,
+    inner: i64,
+    /// Sizes of the axes behind it, where they are all known.
+    behind: Option<Vec<i64>>,
+}
+
+impl Split {
+    /// `value` with the axis split in two.
+    pub(super) fn apart(&self, b: &mut Builder<'_>, value: ValueId) -> ValueId {
+        self.reshape(b, value, &[-1, self.inner], value)
+    }
+
+    /// `value` with the two joined, as they are in `like`.
+    pub(super) fn together(&self, b: &mut Builder<'_>, value: ValueId, like: ValueId) -> ValueId {
+        self.reshape(b, value, &[-1], like)
+    }
+
+    fn reshape(&self, b: &mut Builder<'_>, value: ValueId, middle: &[i64], like: ValueId) -> ValueId {
+        // A 0 copies the size of the same axis, which works in front of the split only.
+        let front = [&vec![0i64; self.axis], middle].concat();
+        if let Some(behind) = &self.behind {
+            return b.reshape(value, &[&front[..], behind].concat());
+        }
+        let sizes = b.shape_of(like);
+        let behind = b.slice(sizes, &[self.axis as i64 + 1], &[i64::MAX], &[0]);
+        let front = b.ints(&front);
+        let target = b.concat(&[front, behind], 0);
+        b.reshape_to(value, target)
+    }
 }
 
 impl Place<'_> {
     /// Appends what is needed. Errors: why the gate does not fit.
     pub(super) fn spread(&self, b: &mut Builder<'_>, gate: ValueId, fill: Fill) -> Result<Spread, String> {
         let (sizes, split_axis) = self.sizes()?;
-        let split = split_axis.map(|axis| self.split(axis, sizes[0])).transpose()?;
+        let split = split_axis.map(|axis| Split {
+            axis,
+            inner: sizes[0],
+            behind: self.shape[axis + 1..].iter().map(Dim::known).collect(),
+        });
         let mut shape = self.shape.to_vec();
         let mut axes = self.axes.to_vec();
         if let Some(axis) = split_axis {
@@ -98,15 +129,6 @@ impl Place<'_> {
             return Err(misfit());
         }
         Ok((std::iter::once(inner).chain(rest).collect(), split))
-    }
-
-    fn split(&self, axis: usize, inner: i64) -> Result<Split, String> {
-        let behind: Option<Vec<i64>> = self.shape[axis + 1..].iter().map(Dim::known).collect();
-        // A 0 copies the size of the same axis, which works in front of the split only.
-        let behind =
-            behind.ok_or_else(|| format!("axis {axis} of {:?} is split, and sizes behind it are unknown", self.shape))?;
-        let front = vec![0i64; axis];
-        Ok(Split { apart: [&front[..], &[-1, inner], &behind].concat(), together: [&front[..], &[-1], &behind].concat() })
     }
 
     fn is_identity(&self) -> bool {

@@ -1,6 +1,6 @@
 //! OUT against the twin, in every runtime that can tell, and OUT against MODEL on data. Two questions, never mixed.
 //!
-//! In: MODEL, the twin and OUT as bytes of self-contained files, MODEL's graph and facts, and data if there is any. Out: a
+//! In: the graphs of MODEL, of the twin and of OUT, MODEL's facts, and data if there is any. Out: a
 //! [`Verdict`]. Example: for a ViT with a symbolic batch, ONNX Runtime and tract both run twin and OUT on `[1, 3, 224, 224]` and
 //! `[3, 3, 224, 224]` of random numbers and of the user's images, and every output must agree within 1e-4 of its largest magnitude.
 //!
@@ -38,12 +38,10 @@ pub struct Subject<'a> {
     pub graph: &'a Graph,
     /// MODEL's facts.
     pub facts: &'a Facts,
-    /// MODEL as one self-contained file.
-    pub original: &'a [u8],
-    /// The twin, likewise.
-    pub twin: &'a [u8],
-    /// OUT, likewise.
-    pub out: &'a [u8],
+    /// The twin.
+    pub twin: &'a Graph,
+    /// OUT.
+    pub out: &'a Graph,
     /// Whether the plan records edited tensors.
     pub is_edited: bool,
     /// What [`weights::first_difference`] found.
@@ -185,8 +183,8 @@ fn accuracy_in(
     batches: DataBatches<'_>,
 ) -> Result<Accuracy, Error> {
     let options = options(runtime, settings, Optimize::On);
-    let mut model = runtime::open(runtime, subject.original, &options)?;
-    let mut out = match opened(runtime::open(runtime, subject.out, &options))? {
+    let mut model = runtime::open_graph(runtime, subject.graph, &options)?;
+    let mut out = match opened(runtime::open_graph(runtime, subject.out, &options))? {
         Ok(session) => session,
         // The checks have already failed for this reason, and say so.
         Err(reason) => {
@@ -259,8 +257,8 @@ impl<'a> Round<'a> {
         order
     }
 
-    fn open(&self, runtime: RuntimeName, bytes: &[u8], optimize: Optimize) -> Result<Result<Box<dyn Session>, String>, Error> {
-        opened(runtime::open(runtime, bytes, &options(runtime, self.settings, optimize)))
+    fn open(&self, runtime: RuntimeName, graph: &Graph, optimize: Optimize) -> Result<Result<Box<dyn Session>, String>, Error> {
+        opened(runtime::open_graph(runtime, graph, &options(runtime, self.settings, optimize)))
     }
 
     fn skip(&mut self, runtime: RuntimeName, reason: String) {
@@ -272,7 +270,7 @@ impl<'a> Round<'a> {
 
     /// Checks in one runtime; `false` where it cannot.
     fn check(&mut self, runtime: RuntimeName) -> Result<bool, Error> {
-        let mut session = match self.open(runtime, self.subject.original, self.optimize)? {
+        let mut session = match self.open(runtime, self.subject.graph, self.optimize)? {
             Ok(session) => session,
             Err(reason) => {
                 self.skip(runtime, format!("cannot load the original: {reason}"));
@@ -377,7 +375,7 @@ impl<'a> Round<'a> {
     /// quantized, and this is the distance to the other.
     fn noise(&self, runtime: RuntimeName, sets: &[FeedSet], originals: &[Original]) -> Result<Vec<Noise>, Error> {
         let other = if self.optimize == Optimize::On { Optimize::Off } else { Optimize::On };
-        let mut plain = match self.open(runtime, self.subject.original, other)? {
+        let mut plain = match self.open(runtime, self.subject.graph, other)? {
             Ok(session) => session,
             Err(_) => return Ok(vec![Vec::new(); sets.len()]),
         };
@@ -393,8 +391,8 @@ impl<'a> Round<'a> {
         Ok(all)
     }
 
-    fn run_all(&self, runtime: RuntimeName, bytes: &[u8], sets: &[FeedSet], usable: &[usize]) -> Result<Vec<Original>, Error> {
-        match self.open(runtime, bytes, self.optimize)? {
+    fn run_all(&self, runtime: RuntimeName, graph: &Graph, sets: &[FeedSet], usable: &[usize]) -> Result<Vec<Original>, Error> {
+        match self.open(runtime, graph, self.optimize)? {
             Ok(mut session) => usable.iter().map(|i| run(session.as_mut(), &sets[*i].feeds)).collect(),
             Err(reason) => Ok(usable.iter().map(|_| Err(format!("cannot be loaded: {reason}"))).collect()),
         }

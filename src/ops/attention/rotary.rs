@@ -114,8 +114,8 @@ fn rotated_axes(relations: &mut Relations, (x, y): (At, At), head: At, l: &Layou
     let half = l.rotated / 2;
     let size = |n: usize| vec![l.heads.clone(), Dim::from(n)];
     if l.interleaved {
-        // (pairs, 2) of the first R positions; the two of a pair stay together because the factor of 2 is never cut.
-        let mut pairs = Vec::new();
+        // (pairs, 2) of the first R positions, and each of the two by itself.
+        let mut pair = None;
         for (axis, reads) in [(x, true), (y, false)] {
             let mut whole = axis;
             if l.rotated < l.width {
@@ -127,11 +127,21 @@ fn rotated_axes(relations: &mut Relations, (x, y): (At, At), head: At, l: &Layou
             }
             let v = relations.virtual_value(vec![Dim::from(half), Dim::from(2i64)]);
             relations.regroup((whole.0, vec![whole.1]), (v, vec![0, 1]));
-            relations.barrier((v, 1), "the two positions of a rotation");
-            pairs.push((v, 0));
+            for place in 0..2 {
+                let one = relations.virtual_value(vec![Dim::from(half), Dim::from(1i64)]);
+                relations.same((v, 0), (one, 0));
+                if reads {
+                    relations.select((v, 1), (one, 1), vec![place], 0);
+                } else {
+                    relations.select((one, 1), (v, 1), vec![0], place);
+                }
+                match pair {
+                    Some(first) => relations.same((one, 0), first),
+                    None => pair = Some((one, 0)),
+                }
+            }
         }
-        relations.same(pairs[0], pairs[1]);
-        return pairs[0];
+        return pair.unwrap_or(x);
     }
     let parts = [0, half].map(|start| {
         let part = relations.virtual_value(size(half));
@@ -307,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_a_factor_of_two() {
+    fn neighbours_are_cut_together() {
         let attrs = ints(&[("interleaved", 1), ("num_heads", 2), ("rotary_embedding_dim", 4)]);
         let g = graph("RotaryEmbedding", 23, &["b n 12", "50 2", "50 2", "b n"], attrs, 1);
         let expected = [
@@ -319,18 +329,26 @@ mod tests {
             "v2.0=v0.0",
             "v0.1[0..=3]>v2.1@0",
             "v2.1~v3.0,v3.1",
-            "!v3.1",
-            "v4.0=v0.0",
-            "v4.1[0..=3]>v1.1@0",
-            "v4.1~v5.0,v5.1",
-            "!v5.1",
+            "v3.0=v4.0",
+            "v3.1[0..=0]>v4.1@0",
             "v3.0=v5.0",
+            "v3.1[1..=1]>v5.1@0",
+            "v5.0=v4.0",
             "v6.0=v0.0",
-            "v0.1[4..=5]>v6.1@0",
-            "v6.1[0..=1]>v1.1@4",
-            "in1.1=v3.0",
+            "v6.1[0..=3]>v1.1@0",
+            "v6.1~v7.0,v7.1",
+            "v7.0=v8.0",
+            "v8.1[0..=0]>v7.1@0",
+            "v8.0=v4.0",
+            "v7.0=v9.0",
+            "v9.1[0..=0]>v7.1@1",
+            "v9.0=v4.0",
+            "v10.0=v0.0",
+            "v0.1[4..=5]>v10.1@0",
+            "v10.1[0..=1]>v1.1@4",
+            "in1.1=v4.0",
             "!in1.0",
-            "in2.1=v3.0",
+            "in2.1=v4.0",
             "!in2.0",
             "in3.0=out0.0",
             "in3.1=out0.1",

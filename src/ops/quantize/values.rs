@@ -49,8 +49,8 @@ impl Spread {
         for axis in (0..self.dims.len()).rev() {
             let position = rest % self.dims[axis];
             rest /= self.dims[axis];
-            if self.step[axis] > 0 {
-                index += position / self.step[axis] * stride;
+            if let Some(at) = position.checked_div(self.step[axis]) {
+                index += at * stride;
                 stride *= self.dims[axis].div_ceil(self.step[axis]);
             }
         }

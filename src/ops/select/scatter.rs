@@ -3,6 +3,7 @@
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::{DType, ValueId};
+use crate::infer::content::element_count;
 use crate::infer::{Dim, Fact, InferCx, InferError, Known, normalize_axis};
 use crate::ops::{Axes, Cost, Grad, OpRule, Refit};
 
@@ -64,7 +65,22 @@ fn one_hot_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     };
     let mut shape = index.to_vec();
     shape.insert(axis, depth.unwrap_or_else(|| cx.fresh("depth")));
-    Ok(vec![Fact::new(cx.dtype(2), Some(shape))])
+    let known = one_hot_content(cx, axis, &shape);
+    Ok(vec![Fact::new(cx.dtype(2), Some(shape)).with_known(known)])
+}
+
+/// Repeats of a Tile may be spelled this way: `[1, r, 1, 1]` is a one-hot of position 1 whose values are 1 and `r`.
+fn one_hot_content(cx: &InferCx<'_>, axis: usize, shape: &[Dim]) -> Option<Known> {
+    let (index, values) = (cx.numbers(0)?, cx.input(2).known.as_ref()?);
+    let (total, depth) = (element_count(shape)?, shape[axis].size()?);
+    let inner: usize = shape[axis + 1..].iter().map(Dim::size).product::<Option<usize>>()?;
+    // Off and on are elements 0 and 1 of the values; an index from the end is allowed.
+    let on = |n: usize| {
+        let (outer, at) = (n / (inner * depth), n / inner % depth);
+        let wanted = index.get(outer * inner + n % inner).copied().unwrap_or(-1);
+        usize::from(wanted == at as i64 || wanted + depth as i64 == at as i64)
+    };
+    values.pick(&(0..total).map(on).collect::<Vec<_>>())
 }
 
 fn one_hot_axes(cx: &AxesCx<'_>) -> Relations {
@@ -168,6 +184,16 @@ mod tests {
         assert_eq!(p.axes(y), ["in0.0 = out0.0", "in0.1 = out0.1", "out0.2 | one position for each class"]);
         let z = p.op("OneHot", &[index, depth, values], vec![int_attr("axis", 0)]);
         assert_eq!(p.shape(z), "10 b n");
+    }
+
+    #[test]
+    fn a_one_hot_of_numbers_is_known() {
+        let mut p = Probe::new(17);
+        let (index, depth, values) = (p.ints(&[1, -1]), p.int(3), p.ints(&[1, 7]));
+        let y = p.op("OneHot", &[index, depth, values], vec![]);
+        assert_eq!((p.shape(y).as_str(), p.content(y).as_str()), ("2 3", "1 7 1 1 1 7"));
+        let z = p.op("OneHot", &[index, depth, values], vec![int_attr("axis", 0)]);
+        assert_eq!((p.shape(z).as_str(), p.content(z).as_str()), ("3 2", "1 1 7 1 1 7"));
     }
 
     #[test]
