@@ -10,6 +10,11 @@ use crate::axes::relation::{AxesCx, Relations};
 use crate::slice::refit::{RefitCx, RefitError};
 use std::cell::Cell;
 
+/// Spoils what an `axes` rule says.
+pub(crate) type Spoil = fn(&AxesCx<'_>, &mut Relations);
+/// A `refit` rule.
+pub(crate) type RefitRule = fn(&mut RefitCx<'_>) -> Result<(), RefitError>;
+
 /// One deliberate fault in the record of one operator.
 #[derive(Clone, Copy)]
 pub(crate) struct Fault {
@@ -18,9 +23,9 @@ pub(crate) struct Fault {
     /// The operator, of the default domain.
     pub(crate) op: &'static str,
     /// Spoils what its `axes` rule says; of an operator that depends on shapes alone, what it ought not to say.
-    pub(crate) axes: Option<fn(&AxesCx<'_>, &mut Relations)>,
+    pub(crate) axes: Option<Spoil>,
     /// Stands in the place of its `refit` rule.
-    pub(crate) refit: Option<fn(&mut RefitCx<'_>) -> Result<(), RefitError>>,
+    pub(crate) refit: Option<RefitRule>,
 }
 
 thread_local! {

@@ -106,7 +106,7 @@ fn wide(net: &mut Net, x: &Val, d: usize) -> Val {
             3 => {
                 // In heads and back, with something in each head.
                 let n = h.n(last);
-                let divisors: Vec<usize> = (1..=n).filter(|x| n % x == 0).collect();
+                let divisors: Vec<usize> = (1..=n).filter(|x| n.is_multiple_of(*x)).collect();
                 let outer = net.pick(&divisors);
                 let mut dims = h.dims.clone();
                 dims[last] = fixed(&[outer])[0];
@@ -411,7 +411,7 @@ fn merged(net: &mut Net, o: &Val, x: &Val, d: usize) -> Val {
 
 fn convolutions(net: &mut Net, x: &Val, d: usize) -> Val {
     let n = x.n(1);
-    let sides: Vec<usize> = (1..=n).filter(|s| n % s == 0).collect();
+    let sides: Vec<usize> = (1..=n).filter(|s| n.is_multiple_of(*s)).collect();
     let side = net.pick(&sides);
     let turned = net.transpose(x, &[0, 2, 1]);
     let dims = |c: usize| -> Vec<Size> { [x.dims[0]].into_iter().chain(fixed(&[c, side, n / side])).collect() };

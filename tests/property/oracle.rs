@@ -129,6 +129,9 @@ enum Copies {
     Zeroed,
 }
 
+/// Axis and removed positions, for each cut of a tensor.
+type Cuts<'a> = Vec<(usize, &'a [usize])>;
+
 /// The original with zeros in the place of what was removed; a constant that was copied for a reader may be copied here too.
 fn zeroed(graph: &Graph, sliced: &Sliced, copies: Copies) -> Result<Graph, String> {
     let mut out = graph.clone();
@@ -136,7 +139,7 @@ fn zeroed(graph: &Graph, sliced: &Sliced, copies: Copies) -> Result<Graph, Strin
         let v = graph.find(name).ok_or_else(|| format!("'{name}' is cut and not there"))?;
         graph.constant(v).map(|t| (v, t)).ok_or_else(|| format!("'{name}' is cut and no constant"))
     };
-    let mut cuts: BTreeMap<&str, Vec<(usize, &[usize])>> = BTreeMap::new();
+    let mut cuts: BTreeMap<&str, Cuts<'_>> = BTreeMap::new();
     for cut in &sliced.cuts {
         cuts.entry(&cut.initializer).or_default().push((cut.axis, &cut.removed));
     }
@@ -144,7 +147,7 @@ fn zeroed(graph: &Graph, sliced: &Sliced, copies: Copies) -> Result<Graph, Strin
         let (v, tensor) = constant(name)?;
         out.set_constant(v, zero(&tensor, &cuts)?);
     }
-    let mut copied: BTreeMap<(&str, &str), Vec<(usize, &[usize])>> = BTreeMap::new();
+    let mut copied: BTreeMap<(&str, &str), Cuts<'_>> = BTreeMap::new();
     for copy in sliced.cloned.iter().filter(|_| copies == Copies::Zeroed) {
         copied.entry((&copy.initializer, &copy.user)).or_default().push((copy.axis, &copy.removed));
     }

@@ -26,12 +26,7 @@ const STEPS: &[(&str, Step)] = &[
     ("expand", expand),
     ("reduce", reduce),
     ("normalize", normalize),
-    ("dense", |net, v| {
-        (!v.dims[v.rank() - 1].batch).then(|| ()).map(|()| {
-            let out = 2 + net.below(7);
-            net.dense(v, out)
-        })
-    }),
+    ("dense", dense),
     ("product", product),
     ("unit axis", unit_axis),
     ("conv", conv),
@@ -116,7 +111,7 @@ fn regroup(net: &mut Net, v: &Val) -> Option<Val> {
     if net.one_in(2) || v.rank() < 3 {
         let axis = some_axis(net, v, 4)?;
         let n = v.n(axis);
-        let divisors: Vec<usize> = (2..n).filter(|d| n % d == 0).collect();
+        let divisors: Vec<usize> = (2..n).filter(|d| n.is_multiple_of(*d)).collect();
         if divisors.is_empty() || v.rank() > 5 {
             return None;
         }
@@ -139,7 +134,7 @@ fn factorize(net: &mut Net, v: &Val) -> Option<Val> {
     let mut rest: usize = v.dims[1..].iter().map(|d| d.n).product();
     let mut dims = vec![v.dims[0]];
     while rest > 1 && dims.len() < 4 {
-        let divisors: Vec<usize> = (2..=rest).filter(|d| rest % d == 0).collect();
+        let divisors: Vec<usize> = (2..=rest).filter(|d| rest.is_multiple_of(*d)).collect();
         let d = net.pick(&divisors);
         dims.push(fixed(&[d])[0]);
         rest /= d;
@@ -204,7 +199,7 @@ pub(crate) fn split(net: &mut Net, v: &Val) -> Option<Val> {
     let axis = some_axis(net, v, 2)?;
     let n = v.n(axis);
     let count = 2 + net.below(2).min(n - 2);
-    let sizes: Vec<usize> = if n % count == 0 && !net.one_in(3) {
+    let sizes: Vec<usize> = if n.is_multiple_of(count) && !net.one_in(3) {
         vec![n / count; count]
     } else {
         let first = 1 + net.below(n - count + 1);
@@ -370,6 +365,15 @@ pub(crate) fn batch_norm(net: &mut Net, v: &Val) -> Val {
     net.op("BatchNormalization", &inputs, vec![float("epsilon", 1e-3)], v.dims.clone())
 }
 
+/// Another projection.
+fn dense(net: &mut Net, v: &Val) -> Option<Val> {
+    if v.dims[v.rank() - 1].batch {
+        return None;
+    }
+    let out = 2 + net.below(7);
+    Some(net.dense(v, out))
+}
+
 /// `v f(v)^T` over the last axis, or over the last but one.
 fn product(net: &mut Net, v: &Val) -> Option<Val> {
     let rank = v.rank();
@@ -419,7 +423,7 @@ pub(crate) fn conv(net: &mut Net, v: &Val) -> Option<Val> {
         return None;
     }
     let channels = v.n(1);
-    let groups: Vec<usize> = (1..=channels).filter(|g| channels % g == 0).collect();
+    let groups: Vec<usize> = (1..=channels).filter(|g| channels.is_multiple_of(*g)).collect();
     let group = net.pick(&groups);
     let per_group = 1 + net.below(if group == channels { 2 } else { 3 });
     let out = if net.one_in(3) { channels } else { group * per_group };
