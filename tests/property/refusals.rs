@@ -84,7 +84,7 @@ fn foreign(net: &mut Net, v: &Val, domain: &str) -> Val {
 
 /// The refusals of an MLP with the obstacle in it; an error where its first weight is offered all the same.
 pub(crate) fn refused(seed: u64, obstacle: Obstacle) -> Result<Vec<Refusal>, String> {
-    let batch = if seed % 2 == 0 { None } else { Some(2) };
+    let batch = if seed.is_multiple_of(2) { None } else { Some(2) };
     let mut net = Net::new(Random(seed), 18, batch);
     let x = net.input("x", &[3, 5]);
     let m = 4 + net.below(5) * 2;

@@ -9,8 +9,11 @@ use super::harness::has_ort;
 use super::oracle::check_caught;
 use super::told;
 
+/// Seed and blocks of a graph.
+type Graphs = &'static [(u64, &'static [Block])];
+
 /// What was wrong, and on which graphs.
-const ONCE_WRONG: &[(&str, &[(u64, &[Block])])] = &[
+const ONCE_WRONG: &[(&str, Graphs)] = &[
     (
         "heads that lie inside of a width (`E x H`) kept dims of their own, and what stayed was no block",
         &[(507, &[Attention]), (742, &[Attention, Free]), (933, &[Attention, Shared]), (1276, &[Attention, Conv])],
