@@ -260,7 +260,7 @@ fn open(model: &Path, threads: usize) -> Result<BoundSession> {
 fn build(path: &Path) -> Result<Supernet> {
     let graph = onnx::read(path)?.graph;
     let (facts, anatomy) = pipeline::analyse(&graph)?;
-    let (groups, _) = supernet::gates_of(&graph, &anatomy);
+    let (groups, _) = supernet::gates_of(&graph, &facts, &anatomy);
     let groups: Vec<_> = groups.into_iter().filter(|g| ["mlp", "qk", "vo"].contains(&g.kind.as_str())).collect();
     let optimizer = Some(AdamW { weight_decay: WEIGHT_DECAY, ..AdamW::default() });
     let options = Options { train: Train::All, optimizer, gates_at_least_zero: true, ..Options::default() };

@@ -1,5 +1,6 @@
 //! The whole tool: one short function per command. Only this file calls stages; each stage knows no other stage's functions.
 
+mod apart;
 mod augment;
 mod data;
 mod edit;

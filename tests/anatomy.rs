@@ -24,6 +24,11 @@ enum Biases {
 
 /// Two residual MLP blocks `x + relu(x W1 + b1) W2` with a normalization before each.
 fn two_blocks(biases: Biases) -> Graph {
+    blocks(biases, false)
+}
+
+/// The same; with `merged`, the second block has the weights of the first, each behind an Identity.
+fn blocks(biases: Biases, merged: bool) -> Graph {
     let mut g = Graph::new(8, vec![(String::new(), 17)], Bytes::new());
     let dims = vec![DeclaredDim::Symbol("batch".into()), DeclaredDim::Size(5), DeclaredDim::Size(D as i64)];
     let declared = Declared { dtype: Some(DType::F32), dims: Some(dims), extra: Bytes::new() };
@@ -42,8 +47,11 @@ fn two_blocks(biases: Biases) -> Graph {
             Biases::Merged => shared,
             Biases::MergedBehindIdentity => g.add_op("Identity", &[shared], vec![], &format!("b{layer}")),
         };
-        let (w1, w2) =
-            (weight(&mut g, &format!("w1.{layer}"), [D, M], layer), weight(&mut g, &format!("w2.{layer}"), [M, D], layer + 5));
+        let side = |g: &mut Graph, name: &str, shape: [usize; 2], seed: usize| match g.find(&format!("{name}.0")) {
+            Some(first) if merged => g.add_op("Identity", &[first], vec![], name),
+            _ => weight(g, &format!("{name}.{layer}"), shape, layer + seed),
+        };
+        let (w1, w2) = (side(&mut g, "w1", [D, M], 0), side(&mut g, "w2", [M, D], 5));
         let normed = g.add_op("LayerNormalization", &[x, scale, shift], vec![], "normed");
         let hidden = g.add_op("MatMul", &[normed, w1], vec![], "hidden");
         let hidden = g.add_op("Add", &[hidden, bias], vec![], "biased");
@@ -105,4 +113,16 @@ fn a_weight_behind_identities_is_one_weight() {
     let kept = [(anatomy.groups[0].id.clone(), vec![0, 2, 5])].into();
     let sliced = slice::apply(&g, &facts, &anatomy, &kept, &analyse).unwrap();
     assert_eq!((sliced.cuts.len(), sliced.cloned.len()), (2, 0));
+}
+
+#[test]
+fn layers_that_share_weights_are_cut_alike() {
+    let graph = blocks(Biases::Apart, true);
+    let (facts, anatomy) = analyse(&graph).unwrap();
+    let mlps: Vec<&str> = anatomy.groups.iter().filter(|g| g.kind == Kind::Mlp).map(|g| g.id.as_str()).collect();
+    assert_eq!(mlps, ["mlp.0"]);
+    let kept = [("mlp.0".to_string(), vec![0, 2, 5])].into();
+    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).unwrap();
+    let cut: Vec<&str> = sliced.cuts.iter().map(|c| c.initializer.as_str()).collect();
+    assert!(sliced.cloned.is_empty() && ["w1.0", "w2.0", "b0", "b1"].iter().all(|name| cut.contains(name)), "{cut:?}");
 }

@@ -365,7 +365,7 @@ fn a_cut_model_is_the_supernet_with_the_gates_of_what_stays() {
     let loaded = vitrim::onnx::read(model.as_ref()).unwrap();
     let graph = run.apply_weights(&loaded.graph).unwrap();
     let (facts, anatomy) = vitrim::pipeline::analyse(&graph).unwrap();
-    let (groups, _) = supernet::gates_of(&graph, &anatomy);
+    let (groups, _) = supernet::gates_of(&graph, &facts, &anatomy);
     let net = supernet::build(&graph, &facts, &groups, &[], &Options::default()).unwrap();
     let plan = vitrim::plan::Plan::read(&sandbox.at("p.json")).unwrap();
     let image: Vec<f32> = (0..784).map(|i| (i % 29) as f32 / 29.0).collect();

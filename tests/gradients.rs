@@ -41,7 +41,7 @@ fn model(name: &str) -> Model {
     let graph = vitrim::onnx::read(&fixture(&format!("{name}.onnx"))).unwrap().graph;
     let facts = infer::facts(&graph).unwrap();
     let anatomy = anatomy::name(&graph, &facts, axes::classes(&graph, &facts));
-    let (groups, tokens) = supernet::gates_of(&graph, &anatomy);
+    let (groups, tokens) = supernet::gates_of(&graph, &facts, &anatomy);
     let bytes = std::fs::read(fixture(&format!("{name}.safetensors"))).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let recorded = file.tensors().into_iter().map(|(name, view)| {

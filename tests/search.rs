@@ -78,7 +78,7 @@ impl Digits {
                 }
             }
         };
-        let (groups, tokens) = gates(&self.graph, &self.anatomy, &config.gates);
+        let (groups, tokens) = gates(&self.graph, &self.facts, &self.anatomy, &config.gates);
         let job = Job {
             graph: &self.graph,
             facts: &self.facts,

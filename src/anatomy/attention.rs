@@ -2,7 +2,7 @@
 //!
 //! Either may be missing: outlook attention computes its logits by one weight, and factorized attention normalizes keys alone.
 
-use crate::axes::relation::Slot;
+use crate::axes::relation::{At, Slot};
 use crate::axes::{Axes, CarrierId, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::Facts;
@@ -28,6 +28,8 @@ pub struct AttentionLayer {
     /// Classes of the attention matrix that start in weights and are neither queries nor keys. There are several where heads are
     /// mixed before or after the softmax, or where queries come in groups.
     pub head: Vec<ClassId>,
+    /// Of a fused operator: query heads that share a key head. They are not cut: spelled out, they are one value stretched.
+    pub sharers: Vec<ClassId>,
 }
 
 /// Operators that pass logits or probabilities on, position by position.
@@ -95,7 +97,7 @@ pub fn attention_layers(graph: &Graph, facts: &Facts, axes: &Axes) -> Vec<Attent
 
 impl AttentionLayer {
     fn new(logits: Vec<NodeId>, softmax: NodeId, mixes: Vec<NodeId>, place: usize) -> Self {
-        Self { logits, softmax, mixes, place, qk: Vec::new(), vo: Vec::new(), head: Vec::new() }
+        Self { logits, softmax, mixes, place, qk: Vec::new(), vo: Vec::new(), head: Vec::new(), sharers: Vec::new() }
     }
 
     fn merge(&mut self, other: Self) {
@@ -112,14 +114,18 @@ impl AttentionLayer {
     }
 }
 
+/// The parts that the operator's record names; none where its sizes are not known.
 fn fused(graph: &Graph, axes: &Axes, id: NodeId, place: usize) -> AttentionLayer {
-    let on = |slot| axes.carrier_at(graph, id, slot).map_or_else(BTreeSet::new, |c| classes_of(axes, c));
-    let (keys, values, result) = (on(Slot::In(1)), on(Slot::In(2)), on(Slot::Out(0)));
-    let qk = sinks_at(axes, id, &keys);
-    let head = difference(&intersection(&intersection(&keys, &values), &result), &qk);
-    let vo = difference(&difference(&intersection(&values, &result), &keys), &qk);
     let new = AttentionLayer::new(vec![id], id, vec![id], place);
-    AttentionLayer { qk: sized(axes, qk), vo: sized(axes, vo), head: sized(axes, head), ..new }
+    let Some(parts) = axes.fused_attention(id) else { return new };
+    let on = |(slot, axis): At| -> BTreeSet<ClassId> {
+        axes.carrier_at(graph, id, slot).map(|c| axes.classes_on((c, axis))).unwrap_or_default().into_iter().collect()
+    };
+    let qk = sinks_at(axes, id, &on(parts.qk));
+    let head = difference(&on(parts.head), &qk);
+    let vo = difference(&difference(&on(parts.vo), &head), &qk);
+    let sharers = parts.sharers.map(on).unwrap_or_default().into_iter().collect();
+    AttentionLayer { qk: sized(axes, qk), vo: sized(axes, vo), head: sized(axes, head), sharers, ..new }
 }
 
 fn spelled_out(
@@ -204,12 +210,12 @@ fn is_product(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let node = graph.node(id);
     let rank = |slot| node.input(slot).and_then(|v| facts.shape(v)).map_or(0, <[_]>::len);
     let (left, right) = operands(node.op());
-    let multiplies = matches!(node.op(), "MatMul" | "Einsum" | "Gemm" | "FusedMatMul" | "QLinearMatMul" | "MatMulInteger");
-    multiplies && rank(left) > 2 && rank(right) > 2
+    const PRODUCTS: &[&str] = &["MatMul", "Einsum", "Gemm", "FusedMatMul", "TransposeMatMul", "QLinearMatMul", "MatMulInteger"];
+    PRODUCTS.contains(&node.op()) && rank(left) > 2 && rank(right) > 2
 }
 
 fn is_softmax(op: &str) -> bool {
-    matches!(op, "Softmax" | "QLinearSoftmax")
+    matches!(op, "Softmax" | "BiasSoftmax" | "QLinearSoftmax")
 }
 
 /// Looks for the products around a softmax.

@@ -138,13 +138,21 @@ impl Group {
         self.stored.iter().max().map_or(0, |m| m + 1)
     }
 
+    /// [`Group::bundle`] of each unit of the first position of `nest`.
+    pub fn bundles(&self) -> Vec<Vec<usize>> {
+        let mut at: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (unit, coordinate) in self.stored.iter().enumerate() {
+            at.entry(*coordinate).or_default().push(unit);
+        }
+        self.stored.iter().map(|coordinate| at[coordinate].clone()).collect()
+    }
+
     /// Whether the group's removed units, as `removed[nest coordinate][leaf coordinate]`, hit a position with these factors.
     ///
     /// Returns (row of the nest, coordinate of the leaf) of the position; `None` where the position is not of the group.
     pub fn locate(&self, region: &Region, offset: usize) -> Option<(usize, usize)> {
-        let coordinates = region.coordinates(offset);
-        let leaf = *coordinates.get(&self.leaf)?;
-        let row = self.nest.iter().try_fold(0, |row, (class, size)| coordinates.get(class).map(|at| row * size + at))?;
+        let leaf = region.coordinate(offset, self.leaf)?;
+        let row = self.nest.iter().try_fold(0, |row, (class, size)| Some(row * size + region.coordinate(offset, *class)?))?;
         Some((row, leaf))
     }
 }
@@ -227,8 +235,10 @@ fn stored_dims(graph: &Graph, axes: &Axes, leaf: ClassId, size: usize) -> Vec<us
 }
 
 /// The operand that a gate multiplies: an activation, of two the first that has all heads. Where all are computed from constants (an
-/// MLP that makes a table of relative positions), one that is computed.
+/// MLP that makes a table of relative positions), one that is computed. A fused operator that makes the operand inside itself has
+/// the constant that it makes it from; training graphs write such an operator out first.
 fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeId, a: Slot, b: Option<Slot>) -> Option<Site> {
+    let is_inside = std::iter::once(a).chain(b).all(|slot| matches!(slot, Slot::Virtual(_)));
     let operands: Vec<(usize, CarrierId)> = std::iter::once(a)
         .chain(b)
         .chain((0..graph.node(node).inputs().len()).map(Slot::In))
@@ -238,11 +248,12 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         })
         .collect();
     let (constant, data): (Vec<_>, Vec<_>) = operands.into_iter().partition(|(_, c)| axes.carriers()[*c].constant);
-    let computed = |n: &usize| {
-        graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v)) && is_hidden_in_constants(graph, axes, group)
+    let serves = |n: &usize| {
+        let computed = graph.node(node).input(*n).is_some_and(|v| !graph.is_constant(v));
+        is_inside || (computed && is_hidden_in_constants(graph, axes, group))
     };
     let mut best: Option<Site> = None;
-    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| computed(n))) {
+    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
         let rank = axes.carriers()[carrier].shape.len();
         let holds = |axis: &usize| {
             let on = axes.classes_on((carrier, *axis));
@@ -301,8 +312,8 @@ fn site_index(
         };
         for (offset, position) in joined.positions.iter().enumerate() {
             if let Some((row, leaf)) = group.locate(&joined, offset) {
-                let at = joined.coordinates(offset);
-                let head = group.sharers.iter().fold(0, |head, (c, n)| head * n + at.get(c).copied().unwrap_or(0));
+                let of = |class| joined.coordinate(offset, class).unwrap_or(0);
+                let head = group.sharers.iter().fold(0, |head, (c, n)| head * n + of(*c));
                 index[*position] = Some((row, head, leaf));
             }
         }
@@ -310,8 +321,12 @@ fn site_index(
     // Stored dims of one coordinate are told apart by their order along the axis.
     let mut seen: BTreeMap<(usize, usize, usize), usize> = BTreeMap::new();
     let width = group.width();
+    let mut stored: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for (dim, coordinate) in group.stored[..width].iter().enumerate() {
+        stored.entry(*coordinate).or_default().push(dim);
+    }
     let mut unit = |(row, head, leaf): (usize, usize, usize)| {
-        let same: Vec<usize> = (0..width).filter(|s| group.stored[*s] == leaf).collect();
+        let same = &stored[&leaf];
         let n = seen.entry((row, head, leaf)).or_insert(0);
         let stored = same[*n % same.len()];
         *n += 1;

@@ -14,7 +14,7 @@ mod tokens;
 
 pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
-pub use tokens::{FIXED, Stretch, TokenSite, TokenSites};
+pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId, depends_on_data};
 use crate::graph::{Graph, Id, NodeId, ValueId};
@@ -69,6 +69,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     }
     let depends = depends_on_data(graph);
     let is_matrix = |v: ValueId| !depends[v] && facts.shape(v).is_some_and(|s| s.iter().filter(|d| !d.is(1)).count() > 1);
+    taken.extend(attention.iter().flat_map(|a| &a.sharers));
     let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
         .filter(|c| !taken.contains(c) && is_hidden(graph, &axes, &axes.classes()[*c], &is_matrix))
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
@@ -112,7 +113,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
 /// Whether a node reads shapes alone.
 fn is_shape_only(graph: &Graph, id: NodeId) -> bool {
     let node = graph.node(id);
-    ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
+    ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly))
 }
 
 /// Position of each node in the order of the graph.

@@ -25,6 +25,8 @@ pub struct TokenSite {
     pub layer: usize,
     /// The residual value.
     pub value: ValueId,
+    /// Other outputs of the node that makes it, which hold the same tokens on the same axis (a sum beside its normalization).
+    pub beside: Vec<ValueId>,
     /// Its token axis.
     pub axis: usize,
     /// Number of tokens.
@@ -35,6 +37,19 @@ pub struct TokenSite {
     pub stretch: usize,
 }
 
+/// A fused attention whose keys are tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FusedKeys {
+    /// The node.
+    pub node: NodeId,
+    /// The value with the keys, and its token axis.
+    pub keys: (ValueId, usize),
+    /// The same of the queries, whose number is known.
+    pub queries: (ValueId, usize),
+    /// The input that is added to the logits `[.., queries, keys]`.
+    pub bias: usize,
+}
+
 /// What tokens pass from one value on: to the outputs, or to a value from which another stretch begins. Sites of a deep model
 /// share what lies behind all of them.
 #[derive(Clone, Debug, Default)]
@@ -43,6 +58,8 @@ pub struct Stretch {
     pub reach: BTreeMap<(ValueId, usize), Vec<usize>>,
     /// Softmaxes, and the axis that they normalize, which holds tokens (keys).
     pub softmaxes: Vec<(NodeId, usize)>,
+    /// Operators that compute the whole of attention, over keys that are tokens.
+    pub fused: Vec<FusedKeys>,
     /// Means over tokens.
     pub means: Vec<(NodeId, usize)>,
     /// Constants with a token axis.
@@ -63,6 +80,11 @@ impl TokenSites {
     /// Everything behind a site, nearest first.
     pub fn behind(&self, site: &TokenSite) -> impl Iterator<Item = &Stretch> {
         chain(&self.stretches, site.stretch)
+    }
+
+    /// All stretches.
+    pub fn all(&self) -> impl Iterator<Item = &Stretch> {
+        self.stretches.iter()
     }
 
     /// Every stretch behind some of `sites` (given from the input on), once, with the place in the list of the last site before it;
@@ -165,7 +187,8 @@ pub(super) fn token_sites(
             }
             Ok(((value, axis), pinned, stretch)) => {
                 let count = walker.length((value, axis)).unwrap_or(0);
-                sites.push(TokenSite { layer, value, axis, count, pinned, stretch });
+                let beside = walker.beside((value, axis));
+                sites.push(TokenSite { layer, value, beside, axis, count, pinned, stretch });
             }
             Err(reason) => refused.push((layer, *softmax, reason)),
         }
@@ -177,7 +200,7 @@ fn relations_of(graph: &Graph, facts: &Facts) -> BTreeMap<NodeId, Relations> {
     let mut all = BTreeMap::new();
     for (id, node) in graph.nodes() {
         let known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::lookup(node.domain(), node.op()).map(|r| &r.axes)) {
+        if let (true, Some(ops::Axes::Rule(rule))) = (known, ops::rule_of(graph, node).map(|r| &r.axes)) {
             let opset = graph.opset(node.domain()).unwrap_or(0);
             all.insert(id, rule(&AxesCx { graph, facts, node, id, opset }));
         }
@@ -250,6 +273,25 @@ impl<'a> Walker<'a> {
         self.facts.shape(value)?.get(axis)?.size().filter(|n| *n > 1)
     }
 
+    /// Other outputs of the node that makes a value, which hold its tokens on the same axis: all go on from one axis of an input.
+    fn beside(&self, (value, axis): Start) -> Vec<ValueId> {
+        let Some((id, number)) = self.graph.value(value).producer() else { return Vec::new() };
+        let Some(relations) = self.relations.get(&id) else { return Vec::new() };
+        let sources = |at: At| -> BTreeSet<At> {
+            let source = |link: &Link| match link {
+                Link::Same(a, b) if *b == at => Some(*a),
+                Link::Same(a, b) if *a == at => Some(*b),
+                _ => None,
+            };
+            relations.links.iter().filter_map(source).filter(|(slot, _)| matches!(slot, Slot::In(_))).collect()
+        };
+        let own = sources((Slot::Out(number), axis));
+        let read = |v: &ValueId| !self.graph.value(*v).users().is_empty() || self.graph.outputs().contains(v);
+        let outputs = self.graph.node(id).outputs().iter().enumerate().filter(|(o, _)| *o != number);
+        let others = outputs.filter_map(|(o, v)| v.filter(|v| read(v) && !own.is_disjoint(&sources((Slot::Out(o), axis)))));
+        others.filter(|v| self.length((*v, axis)) == self.length((value, axis))).collect()
+    }
+
     /// Tokens that were put into the sequence from constants (class, distillation, registers): by this node, or before it.
     fn find_origins(&mut self, id: NodeId) {
         let (node, Some(relations)) = (self.graph.node(id), self.relations.get(&id)) else { return };
@@ -287,13 +329,16 @@ impl<'a> Walker<'a> {
         let mut reason = "no value before the block carries the whole sequence".to_string();
         let mut at = dominators[logits];
         while let Some(id) = at {
-            let value = self.graph.node(id).output(0).filter(|v| self.graph.value(*v).users().len() > 1);
+            let is_shared = |v: &ValueId| self.graph.value(*v).users().len() > 1 || self.graph.node(id).outputs().len() > 1;
+            let value = self.graph.node(id).output(0).filter(is_shared);
             for axis in value.map_or(0..0, |v| 0..self.facts.shape(v).map_or(0, <[_]>::len).min(SITE_AXES)) {
                 let Some(v) = value else { continue };
                 self.walk((v, axis));
                 match &self.walks[&(v, axis)] {
                     Ok((pinned, stretch)) => {
-                        let holds = |s: &Stretch| s.softmaxes.iter().any(|(n, _)| *n == softmax);
+                        let holds = |s: &Stretch| {
+                            s.softmaxes.iter().any(|(n, _)| *n == softmax) || s.fused.iter().any(|f| f.node == softmax)
+                        };
                         if chain(&self.stretches, *stretch).any(holds) {
                             return Ok(((v, axis), pinned.clone(), *stretch));
                         }
@@ -324,13 +369,14 @@ impl<'a> Walker<'a> {
         let value = start.0;
         let count = self.length(start).ok_or("its length is not known")?;
         let pinned = self.origins.get(&start).map(|p| BTreeSet::clone(p)).unwrap_or_default();
-        let reach = BTreeMap::from([(start, (0..count).collect())]);
+        let values: Vec<ValueId> = std::iter::once(value).chain(self.beside(start)).collect();
+        let reach = values.iter().map(|v| ((*v, start.1), (0..count).collect())).collect();
         let stretch = Stretch { reach, ..Stretch::default() };
         let mut path = Path { pinned, stretch, probabilities: BTreeSet::new() };
         let rank = |v: &ValueId| self.facts.shape(*v).map_or(0, <[_]>::len);
         let first = self.graph.value(value).producer().map_or(0, |(n, _)| self.place[n.index()] + 1);
         // The place of the last node that reads what was reached: behind it there is nothing to be seen.
-        let mut horizon = self.last_read[value];
+        let mut horizon = values.iter().map(|v| self.last_read[*v]).max().unwrap_or(0);
         for (place, id) in self.graph.order().iter().enumerate().skip(first) {
             if place > horizon {
                 break;
@@ -345,10 +391,10 @@ impl<'a> Walker<'a> {
             }
             self.step(&mut path, *id)?;
             if horizon <= place
-                && let Some((next, walk)) = self.joined(&path, *id, count)
+                && let Some((starts, walk)) = self.joined(&path, *id, count)
             {
                 let (pinned, stretch) = walk.clone()?;
-                path.stretch.reach.remove(&next);
+                starts.iter().for_each(|start| drop(path.stretch.reach.remove(start)));
                 path.stretch.next = Some(stretch);
                 self.check_outputs(&path.stretch)?;
                 self.stretches.push(path.stretch);
@@ -366,19 +412,29 @@ impl<'a> Walker<'a> {
         Ok((path.pinned, self.stretches.len() - 1))
     }
 
-    /// The walk that begins at the one output of a node, where all tokens went into it in order and nothing else holds any: from here on
+    /// The walk that begins at the outputs of a node, where all tokens went into them in order and nothing else holds any: from here on
     /// both are the same.
-    fn joined(&self, path: &Path, id: NodeId, count: usize) -> Option<(Start, &Walk)> {
-        let [Some(v)] = self.graph.node(id).outputs() else { return None };
-        let mut axes = path.stretch.reach.range((*v, 0)..=(*v, usize::MAX));
-        let (Some((start, tokens)), None) = (axes.next(), axes.next()) else { return None };
-        let walk = self.walks.get(start)?;
-        let same_pinned = match self.origins.get(start) {
+    fn joined(&self, path: &Path, id: NodeId, count: usize) -> Option<(Vec<Start>, &Walk)> {
+        let mut starts: Vec<Start> = Vec::new();
+        for v in self.graph.node(id).outputs().iter().flatten() {
+            for (start, tokens) in path.stretch.reach.range((*v, 0)..=(*v, usize::MAX)) {
+                let whole = tokens.len() == count && tokens.iter().copied().eq(0..count);
+                if !whole || path.probabilities.contains(v) {
+                    return None;
+                }
+                starts.push(*start);
+            }
+        }
+        let first = *starts.first()?;
+        let mut begun = vec![first];
+        begun.extend(self.beside(first).into_iter().map(|v| (v, first.1)));
+        let walk = self.walks.get(&first)?;
+        let same_pinned = match self.origins.get(&first) {
             Some(p) => **p == path.pinned,
             None => path.pinned.is_empty(),
         };
-        let whole = tokens.len() == count && tokens.iter().copied().eq(0..count);
-        (whole && same_pinned && !path.probabilities.contains(v)).then_some((*start, walk))
+        let read = |start: &Start| self.last_read[start.0] > 0;
+        (same_pinned && starts.iter().filter(|s| read(s)).all(|s| begun.contains(s))).then_some((starts, walk))
     }
 
     fn check_outputs(&self, stretch: &Stretch) -> Result<(), String> {
@@ -405,7 +461,12 @@ impl<'a> Walker<'a> {
             }
         }
         let masked = node.inputs().iter().flatten().any(|v| path.probabilities.contains(v));
-        if masked && !(node.domain().is_empty() && KEEPS_ZERO.contains(&node.op())) {
+        let keeps_zero = match node.domain() {
+            "" => KEEPS_ZERO.contains(&node.op()),
+            "com.microsoft" => matches!(node.op(), "FusedMatMul" | "TransposeMatMul"),
+            _ => false,
+        };
+        if masked && !keeps_zero {
             return Err(format!("{} adds to what a masked key gives", label()));
         }
         for _ in 0..3 {
@@ -413,7 +474,10 @@ impl<'a> Walker<'a> {
                 self.follow(path, id, link, &mut tags)?;
             }
         }
-        let contracts = relations.links.iter().any(|l| matches!(l, Link::Contract(a, _) if tags.contains_key(a)));
+        // Inside a fused attention keys are contracted with the probabilities.
+        let keys = relations.attention.and_then(|a| a.mask).map(|m| m.keys);
+        let contracts =
+            relations.links.iter().any(|l| matches!(l, Link::Contract(a, _) if tags.contains_key(a) && Some(*a) != keys));
         if contracts && !masked {
             return Err(format!("{} sums over tokens outside an attention", label()));
         }
@@ -536,8 +600,24 @@ impl<'a> Walker<'a> {
         match (node.op(), at.0) {
             ("Softmax", _) => record(|s| &mut s.softmaxes),
             ("ReduceMean", Slot::In(0)) => record(|s| &mut s.means),
+            _ if self.fused_keys(id, at).is_some() => {
+                let fused = self.fused_keys(id, at).filter(|f| !path.stretch.fused.contains(f));
+                path.stretch.fused.extend(fused);
+            }
             _ => return Err(format!("{}: {reason}", self.graph.label(id))),
         }
         Ok(())
+    }
+
+    /// The fused attention whose keys are at `at`, where they can be masked.
+    fn fused_keys(&self, id: NodeId, at: At) -> Option<FusedKeys> {
+        let mask = self.relations.get(&id)?.attention?.mask.filter(|m| m.keys == at)?;
+        let input = |(slot, axis): At| match slot {
+            Slot::In(slot) => Some((self.graph.node(id).input(slot)?, axis)),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        };
+        let queries = input(mask.queries)?;
+        self.facts.shape(queries.0)?.get(queries.1)?.size()?;
+        Some(FusedKeys { node: id, keys: input(mask.keys)?, queries, bias: mask.bias })
     }
 }

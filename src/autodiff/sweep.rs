@@ -49,7 +49,7 @@ pub(crate) fn needed_values(graph: &Graph, facts: &Facts, loss: ValueId, wrt: &[
     }
     for (_, node) in graph.nodes() {
         let reads = node.inputs().iter().flatten().chain(node.captures()).any(|v| active[*v]);
-        let smooth = !matches!(ops::lookup(node.domain(), node.op()), Some(rule) if matches!(rule.grad, Grad::Zero));
+        let smooth = !matches!(ops::rule_of(graph, node), Some(rule) if matches!(rule.grad, Grad::Zero));
         let is_float = |v: &ValueId| facts.get(*v).dtype.is_none_or(|d| d.is_float());
         let quantized = ops::quantize::is_quantized(node.domain(), node.op())
             || node.inputs().iter().flatten().any(|v| active[*v] && !is_float(v));
@@ -116,8 +116,8 @@ impl Sweep<'_> {
         if captured {
             return Err(refuse(self.graph, "a subgraph reads a value that needs a gradient".into()));
         }
-        let rule = match ops::lookup(node.domain(), node.op()).map(|r| &r.grad) {
-            None => return Err(refuse(self.graph, "the operator is not known".into())),
+        let rule = match ops::rule_of(self.graph, &node).map(|r| &r.grad) {
+            None => return Err(refuse(self.graph, ops::why_unknown(self.graph, &node))),
             Some(Grad::No(reason)) => return Err(refuse(self.graph, (*reason).into())),
             Some(Grad::Zero) => return Ok(()),
             Some(Grad::Rule(rule)) => rule,

@@ -54,6 +54,18 @@ impl Region {
         }
         at
     }
+
+    /// Coordinate of one factor at the position number `offset`; of several of one class, the outermost.
+    pub fn coordinate(&self, offset: usize, class: ClassId) -> Option<usize> {
+        let (mut rest, mut found) = (offset, None);
+        for (c, size) in self.factors.iter().rev() {
+            if *c == class {
+                found = Some(rest % size);
+            }
+            rest /= size;
+        }
+        found
+    }
 }
 
 /// One axis of a carrier in one case. Only what lies behind the last symbolic factor has positions: the heads of `batch * heads`.

@@ -4,10 +4,11 @@
 //! that share one zero bias are not tied by it, two layers that share one weight matrix are. So is what is computed from positions
 //! (rotary tables for the position ids of the run) where data is multiplied with it.
 
-use crate::axes::relation::{AxesCx, Blocks, Link, Relations, Slot};
+use crate::axes::relation::{AxesCx, Blocks, FusedAttention, Link, Relations, Slot};
 use crate::graph::{DType, Graph, Id, NodeId, SideMap, Use, ValueId};
 use crate::infer::{Dim, Facts};
 use crate::ops::{self, Axes as AxesRule};
+use std::collections::BTreeMap;
 
 /// What has axes: a value, a constant as one of its readers sees it, or a value inside an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,6 +101,8 @@ pub(super) struct Collected {
     pub(super) inputs: SideMap<NodeId, Vec<Option<CarrierId>>>,
     /// First virtual carrier of each node.
     pub(super) virtuals: SideMap<NodeId, usize>,
+    /// Nodes that compute the whole of attention.
+    pub(super) attention: BTreeMap<NodeId, FusedAttention>,
 }
 
 /// What values depend on.
@@ -117,7 +120,7 @@ pub fn depends_on_data(graph: &Graph) -> SideMap<ValueId, bool> {
         depends[*v] = true;
     }
     for (_, node) in graph.nodes() {
-        let shape_only = ops::lookup(node.domain(), node.op()).is_some_and(|r| matches!(r.axes, AxesRule::ShapeOnly));
+        let shape_only = ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, AxesRule::ShapeOnly));
         let any = node.inputs().iter().flatten().chain(node.captures()).any(|v| depends[*v]);
         for v in node.outputs().iter().flatten() {
             depends[*v] = any && !shape_only;
@@ -144,6 +147,7 @@ pub(super) fn collect(graph: &Graph, facts: &Facts) -> Collected {
         vanishing: Vec::new(),
         inputs: SideMap::filled(graph.node_capacity(), Vec::new()),
         virtuals: SideMap::filled(graph.node_capacity(), 0),
+        attention: BTreeMap::new(),
     };
     for v in graph.inputs() {
         all.bar_all(v.index(), None, "graph input");
@@ -164,15 +168,14 @@ type Said = Option<Result<Relations, String>>;
 
 fn said(graph: &Graph, facts: &Facts, id: NodeId) -> Said {
     let node = graph.node(id);
-    let rule = ops::lookup(node.domain(), node.op());
     let opset = graph.opset(node.domain()).unwrap_or(0);
     let ranks_known = node.inputs().iter().chain(node.outputs()).flatten().all(|v| facts.shape(*v).is_some());
-    match rule.map(|r| &r.axes) {
+    match ops::rule_of(graph, node).map(|r| &r.axes) {
         Some(AxesRule::ShapeOnly) => None,
         Some(AxesRule::Rule(rule)) if ranks_known => Some(Ok(rule(&AxesCx { graph, facts, node, id, opset }))),
         Some(AxesRule::Rule(_)) => Some(Err("a shape here is not known".to_string())),
         Some(AxesRule::Barrier(reason)) => Some(Err((*reason).to_string())),
-        None => Some(Err(unknown_operator(node.domain(), node.op()))),
+        None => Some(Err(ops::why_unknown(graph, node))),
     }
 }
 
@@ -292,6 +295,7 @@ impl Collected {
 
     fn relations_of(&mut self, graph: &Graph, id: NodeId, relations: Relations) {
         self.virtuals[id] = self.carriers.len();
+        self.attention.extend(relations.attention.map(|a| (id, a)));
         for (n, shape) in relations.virtuals.into_iter().enumerate() {
             let constant = relations.constant_virtuals.contains(&n);
             self.carriers.push(Carrier { of: Of::Virtual(id, n), shape, constant });
@@ -370,13 +374,5 @@ impl Collected {
                 }
             }
         }
-    }
-}
-
-fn unknown_operator(domain: &str, op: &str) -> String {
-    if domain.is_empty() {
-        format!("operator {op} has no rule")
-    } else {
-        format!("uses {domain}::{op}, which vitrim does not know")
     }
 }

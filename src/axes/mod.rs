@@ -21,7 +21,7 @@ mod vanish;
 pub use cases::{Class, ClassId, Member, Region};
 pub use collect::{AxisOf, Barrier, Carrier, CarrierId, Of, SinkSite, depends_on_data};
 
-use crate::axes::relation::Slot;
+use crate::axes::relation::{FusedAttention, Slot};
 use crate::graph::{Graph, NodeId};
 use crate::infer::Facts;
 use cases::Unified;
@@ -99,6 +99,11 @@ impl Axes {
             Slot::Out(_) => None,
         };
         carrier == Some(at.0) && axis == at.1
+    }
+
+    /// The parts of a node that computes the whole of attention.
+    pub fn fused_attention(&self, node: NodeId) -> Option<FusedAttention> {
+        self.collected.attention.get(&node).copied()
     }
 
     /// Classes that occur on an axis.

@@ -54,6 +54,32 @@ pub enum Link {
     Barrier(At, String),
 }
 
+/// The attention that a fused operator computes inside itself: which of its axes are what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FusedAttention {
+    /// Heads of keys and values.
+    pub head: At,
+    /// Query heads that share a key head, where there are several.
+    pub sharers: Option<At>,
+    /// Width of a head of the query, which is contracted with that of the key.
+    pub qk: At,
+    /// Width of a head of the value.
+    pub vo: At,
+    /// Where keys can be masked.
+    pub mask: Option<KeyMask>,
+}
+
+/// How keys of a fused attention are masked: by numbers that are added to the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeyMask {
+    /// Tokens of the keys, over which the softmax is normalized.
+    pub keys: At,
+    /// Tokens of the queries.
+    pub queries: At,
+    /// The input that is added to the logits, `[.., queries, keys]`.
+    pub bias: usize,
+}
+
 /// What blocks of an axis ask for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocks {
@@ -71,6 +97,8 @@ pub struct Relations {
     pub links: Vec<Link>,
     /// Shapes of values that the operator computes inside itself.
     pub virtuals: Vec<Vec<Dim>>,
+    /// What the operator is, where it computes the whole of attention.
+    pub attention: Option<FusedAttention>,
     /// Which of them are made of constants alone: weights that are packed.
     pub constant_virtuals: Vec<usize>,
 }

@@ -62,7 +62,7 @@ pub fn count(graph: &Graph, facts: &Facts, sizes: &Sizes) -> Cost {
 fn macs(graph: &Graph, shape: &dyn Fn(ValueId) -> Option<Vec<Dim>>, sizes: &Sizes) -> Option<u64> {
     let mut total = 0u64;
     for (id, node) in graph.nodes() {
-        let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
+        let Some(rule) = ops::rule_of(graph, node) else { continue };
         let ops::Cost::Rule(cost) = rule.cost else { continue };
         total += node_macs(graph, id, cost, shape, sizes)?;
     }
@@ -180,7 +180,7 @@ impl<'a> Model<'a> {
     fn find_moving(&mut self) {
         let shape = |v: ValueId| self.facts.shape(v).map(<[_]>::to_vec);
         for (node, record) in self.graph.nodes() {
-            let Some(ops::Cost::Rule(rule)) = ops::lookup(record.domain(), record.op()).map(|r| &r.cost) else { continue };
+            let Some(ops::Cost::Rule(rule)) = ops::rule_of(self.graph, record).map(|r| &r.cost) else { continue };
             let rule = *rule;
             let whole = node_macs(self.graph, node, rule, &shape, &self.sizes);
             self.whole.macs = self.whole.macs.zip(whole).map(|(a, b)| a + b);

@@ -85,6 +85,10 @@ impl<'a> Builder<'a> {
     pub fn div(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.op("Div", &[a, b], vec![])
     }
+    /// `a` and `b`, both booleans, broadcast.
+    pub fn and(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        self.op("And", &[a, b], vec![])
+    }
     /// `-a`.
     pub fn neg(&mut self, a: ValueId) -> ValueId {
         self.op("Neg", &[a], vec![])

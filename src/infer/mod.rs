@@ -229,7 +229,7 @@ pub fn facts(graph: &Graph) -> Result<Facts, InferError> {
     for (id, node) in graph.nodes() {
         let outputs = {
             let cx = InferCx::with_inputs(graph, id, node.inputs().iter().map(|v| v.map(|v| &values[v])).collect());
-            match ops::lookup(node.domain(), node.op()) {
+            match ops::rule_of(graph, node) {
                 Some(rule) => (rule.infer)(&cx)?,
                 None => Vec::new(),
             }

@@ -8,8 +8,6 @@
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
@@ -20,9 +18,6 @@ use super::stream::{self, Pieces};
 use super::tensor::DataFile;
 use super::write::{PROTO_LIMIT, to_model};
 use crate::graph::{AttrValue, Graph, Storage};
-
-/// How often a file that is being written is flushed.
-const FLUSH_EVERY: Duration = Duration::from_millis(20);
 
 /// What happens where the output exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,25 +189,10 @@ fn temporary(directory: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
     let file = builder.tempfile_in(directory)?;
-    let is_written = AtomicBool::new(false);
-    // The disk begins while the rest is still being written. What it reports there, it does not report again.
-    std::thread::scope(|scope| {
-        let early = scope.spawn(|| {
-            loop {
-                std::thread::park_timeout(FLUSH_EVERY);
-                if is_written.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                file.as_file().sync_data()?;
-            }
-        });
-        let mut writer = BufWriter::new(file.as_file());
-        let written = write(&mut writer).and_then(|()| writer.flush());
-        is_written.store(true, Ordering::Relaxed);
-        early.thread().unpark();
-        let begun = early.join().unwrap_or_else(|_| Err(io::Error::other("the thread that flushes ended early")));
-        written.and(begun)
-    })?;
+    let mut writer = BufWriter::new(file.as_file());
+    write(&mut writer)?;
+    writer.flush()?;
+    drop(writer);
     file.as_file().sync_all()?;
     Ok(file)
 }

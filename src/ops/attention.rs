@@ -4,15 +4,14 @@
 //! axis, `[B, Nq, H*E]`. Query head h reads key/value head `h / (H/K)`. `P = softmax(softcap(scale * q k^T + mask))`, `y = P v`.
 //! Example: `[B, 197, 192]` with 3 heads: a virtual `[3, 64]` stands for the last axis of each of q, k, v and the output; the
 //! width of q is contracted with that of k, the width of v is parallel to the output's, heads are parallel in all four.
-//! Convention of fused operators: a `Contract` between the virtual axes of inputs 0 and 1 is the product before the softmax
-//! (`qk`); input 2 leads to output 0 behind the softmax (`vo`).
+//! A record of a fused operator says in [`FusedAttention`] which axes are heads and widths, so that anatomy sees its layer.
 
 pub mod rotary;
 
 use super::matmul::{contradict, scaled, swap_last};
 use super::{Axes, Cost, CostCx, Grad, OpRule, Refit};
 use crate::autodiff::GradCx;
-use crate::axes::relation::{At, AxesCx, Relations, Slot};
+use crate::axes::relation::{At, AxesCx, FusedAttention, KeyMask, Relations, Slot};
 use crate::graph::build::attr;
 use crate::graph::{AttrValue, DType, Node, Tensor, ValueId};
 use crate::infer::{Dim, Fact, InferCx, InferError};
@@ -35,8 +34,14 @@ pub static RULES: &[OpRule] = &[
 
 /// Whether an operator computes the whole of attention, so that its softmax is not a node of the graph.
 pub fn is_fused_attention(domain: &str, op: &str) -> bool {
-    matches!(domain, "" | "ai.onnx") && op == "Attention"
+    match domain {
+        "" | "ai.onnx" => op == "Attention",
+        "com.microsoft" => super::microsoft::FUSED_ATTENTION.contains(&op),
+        _ => false,
+    }
 }
+
+pub(super) const KEYS: &str = "softmax is normalized over this axis";
 
 /// Input slots.
 const MASK: usize = 3;
@@ -63,7 +68,7 @@ struct Sizes {
 }
 
 /// Axis of the tokens.
-fn token_axis(shape: &[Dim]) -> usize {
+pub(super) fn token_axis(shape: &[Dim]) -> usize {
     if shape.len() == 4 { 2 } else { 1 }
 }
 
@@ -136,15 +141,22 @@ fn attention_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
 }
 
 /// The axes of a value with heads: key heads, query heads that share one (where more than one), tokens, width.
-struct HeadAxes {
-    head: At,
-    sharer: Option<At>,
-    tokens: At,
-    width: At,
+pub(super) struct HeadAxes {
+    pub(super) head: At,
+    pub(super) sharer: Option<At>,
+    pub(super) tokens: At,
+    pub(super) width: At,
 }
 
 /// Finds the axes of a value, through a virtual value where heads are part of a larger axis.
-fn head_axes(relations: &mut Relations, slot: Slot, rank: usize, key_heads: &Dim, sharing: &Dim, width: &Dim) -> HeadAxes {
+pub(super) fn head_axes(
+    relations: &mut Relations,
+    slot: Slot,
+    rank: usize,
+    key_heads: &Dim,
+    sharing: &Dim,
+    width: &Dim,
+) -> HeadAxes {
     let mut factors = vec![key_heads.clone()];
     if !sharing.is(1) {
         factors.push(sharing.clone());
@@ -199,14 +211,31 @@ fn attention_axes(cx: &AxesCx<'_>) -> Relations {
     r.same(v_axes.width, y_axes.width);
     r.same(q_axes.tokens, y_axes.tokens);
     r.contract(k_axes.tokens, v_axes.tokens);
-    r.barrier(k_axes.tokens, "softmax is normalized over this axis");
+    r.barrier(k_axes.tokens, KEYS);
     for slot in [q, k, v] {
         relate(r, ((slot, 0), &cx.shape(slot)[0]), &[(y, 0)], &s.batch);
     }
     cache_axes(cx, r, &[(Slot::In(PAST_KEY), &k_axes), (Slot::Out(1), &k_axes)]);
     cache_axes(cx, r, &[(Slot::In(PAST_VALUE), &v_axes), (Slot::Out(2), &v_axes)]);
-    logit_axes(cx, r, Slot::In(MASK), &s, &q_axes);
-    logit_axes(cx, r, Slot::Out(3), &s, &q_axes);
+    let alone = !cx.has(Slot::In(PAST_KEY));
+    for slot in [Slot::In(MASK), Slot::Out(3)] {
+        logit_axes(cx, r, slot, &s, &q_axes);
+        let last = cx.shape(slot).len().wrapping_sub(1);
+        match cx.shape(slot).last() {
+            Some(size) if alone && *size == s.keys => r.same((slot, last), k_axes.tokens),
+            Some(size) if !size.is(1) => r.barrier((slot, last), KEYS),
+            _ => {}
+        }
+    }
+    let mask = KeyMask { keys: k_axes.tokens, queries: q_axes.tokens, bias: MASK };
+    let whole = alone && !cx.has(Slot::In(KEY_LENGTHS)) && cx.shape(Slot::In(MASK)).last().is_none_or(|m| *m == s.keys);
+    r.attention = Some(FusedAttention {
+        head: q_axes.head,
+        sharers: q_axes.sharer,
+        qk: q_axes.width,
+        vo: v_axes.width,
+        mask: whole.then_some(mask),
+    });
     if let [length] = cx.shape(Slot::In(KEY_LENGTHS)) {
         relate(r, ((Slot::In(KEY_LENGTHS), 0), length), &[(y, 0)], &s.batch);
     }
@@ -214,7 +243,7 @@ fn attention_axes(cx: &AxesCx<'_>) -> Relations {
 }
 
 /// Relates an axis to another of size `expected`; size 1 is stretched, any other size is a barrier on both.
-fn relate(relations: &mut Relations, (at, size): (At, &Dim), to: &[At], expected: &Dim) {
+pub(super) fn relate(relations: &mut Relations, (at, size): (At, &Dim), to: &[At], expected: &Dim) {
     if size == expected {
         to.iter().for_each(|b| relations.same(at, *b));
     } else if !size.is(1) {
@@ -233,14 +262,13 @@ fn cache_axes(cx: &AxesCx<'_>, relations: &mut Relations, caches: &[(Slot, &Head
     }
 }
 
-/// The mask, aligned at the end of `[B, H, Nq, Nk]`, and the logits as an output.
+/// The mask, aligned at the end of `[B, H, Nq, Nk]`, and the logits as an output; the caller relates the last axis.
 fn logit_axes(cx: &AxesCx<'_>, relations: &mut Relations, slot: Slot, s: &Sizes, q: &HeadAxes) {
     let shape = cx.shape(slot);
     for (axis, size) in shape.iter().enumerate() {
         let at = (slot, axis);
         match shape.len() - axis {
-            1 if size.is(1) => {}
-            1 => relations.barrier(at, "softmax is normalized over this axis"),
+            1 => {}
             2 => relate(relations, (at, size), &[q.tokens], &s.queries),
             3 if *size == s.heads => {
                 if let Some(sharer) = q.sharer {
@@ -258,15 +286,24 @@ fn logit_axes(cx: &AxesCx<'_>, relations: &mut Relations, slot: Slot, s: &Sizes,
     }
 }
 
-/// `B * H * Nq * Nk * (E + Ev)`
+/// `B * Nq * Nk * (H*E + H*Ev)`: widths of all heads together, so that it holds of any cut.
 fn attention_cost(cx: &CostCx<'_>) -> Option<Dim> {
     let shape = |slot: usize| cx.inputs.get(slot).copied().flatten();
-    let past = cx.node.input(PAST_KEY).map(|_| shape(PAST_KEY));
-    if past == Some(None) {
-        return None;
+    let (q, k, y) = (shape(0)?, shape(1)?, cx.outputs.first().copied().flatten()?);
+    let past = match cx.node.input(PAST_KEY) {
+        Some(_) => shape(PAST_KEY)?.get(2)?.clone(),
+        None => Dim::from(0i64),
+    };
+    let keys = k.get(token_axis(k))? + &past;
+    Some([q.first()?, q.get(token_axis(q))?, &keys, &(&all_heads(q)? + &all_heads(y)?)].into_iter().product())
+}
+
+/// Width of all heads of a value.
+pub(super) fn all_heads(shape: &[Dim]) -> Option<Dim> {
+    match shape {
+        [_, heads, _, width] => Some(heads * width),
+        _ => shape.last().cloned(),
     }
-    let s = sizes(cx.node, shape(0)?, shape(1)?, shape(2)?, past.flatten()).ok()?;
-    Some([&s.batch, &s.heads, &s.queries, &s.all_keys, &(&s.width + &s.value_width)].into_iter().product())
 }
 
 /// What remains of an input's heads.
@@ -279,7 +316,7 @@ pub(super) struct Remains {
     pub(super) width: usize,
 }
 
-/// What remains of input `slot`, which has `heads` heads in its last axis (rank 3) or in axis 1 (rank 4).
+/// What remains of input `slot`, which has `heads` heads in its last axis, or in axis 1 where it is of rank 4.
 ///
 /// Errors: heads keep different numbers of positions.
 pub(super) fn remains(cx: &RefitCx<'_>, slot: usize, heads: Option<i64>) -> Result<Option<Remains>, RefitError> {
@@ -291,21 +328,29 @@ pub(super) fn remains(cx: &RefitCx<'_>, slot: usize, heads: Option<i64>) -> Resu
         let heads = cx.kept_input(slot, 1).map(<[usize]>::len).or(size(1)).unwrap_or(0);
         return Ok(Some(Remains { heads, first, width }));
     }
-    let (Some(all), Some(heads)) = (size(2), heads.and_then(|h| usize::try_from(h).ok()).filter(|h| *h > 0)) else {
+    let last = shape.len().saturating_sub(1);
+    let (Some(all), Some(heads)) = (size(last), heads.and_then(|h| usize::try_from(h).ok()).filter(|h| *h > 0)) else {
         return Ok(None);
     };
     let width = all / heads;
-    let Some(kept) = cx.kept_input(slot, 2) else { return Ok(Some(Remains { heads, first: (0..width).collect(), width })) };
-    let mut per_head = vec![Vec::new(); heads];
-    for position in kept {
-        per_head.get_mut(position / width.max(1)).ok_or_else(|| cx.error("a position outside the heads"))?.push(position % width);
+    let Some(kept) = cx.kept_input(slot, last) else { return Ok(Some(Remains { heads, first: (0..width).collect(), width })) };
+    Remains::of(kept.iter().copied(), heads, width).map(Some).map_err(|what| cx.error(what))
+}
+
+impl Remains {
+    /// Of `heads` heads of `width` positions each, by the positions that stay of all.
+    pub(super) fn of(kept: impl Iterator<Item = usize>, heads: usize, width: usize) -> Result<Self, &'static str> {
+        let mut per_head = vec![Vec::new(); heads];
+        for position in kept {
+            per_head.get_mut(position / width.max(1)).ok_or("a position outside the heads")?.push(position % width);
+        }
+        per_head.retain(|p| !p.is_empty());
+        let first = per_head.first().cloned().unwrap_or_default();
+        if per_head.iter().any(|p| p.len() != first.len()) {
+            return Err("heads keep different numbers of positions");
+        }
+        Ok(Self { heads: per_head.len(), first, width })
     }
-    per_head.retain(|p| !p.is_empty());
-    let first = per_head.first().cloned().unwrap_or_default();
-    if per_head.iter().any(|p| p.len() != first.len()) {
-        return Err(cx.error("heads keep different numbers of positions"));
-    }
-    Ok(Some(Remains { heads: per_head.len(), first, width }))
 }
 
 /// Head counts follow the cut; a scale that was implied by the old width is written out.
@@ -342,7 +387,8 @@ fn attention_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     Ok(())
 }
 
-fn implied_scale(width: usize) -> f32 {
+/// The scale where the node names none.
+pub(super) fn implied_scale(width: usize) -> f32 {
     (1.0 / (width as f64).sqrt()) as f32
 }
 
@@ -608,7 +654,7 @@ mod tests {
             "v4.0=v0.0",
             "v4.1=v0.1",
             "in3.1=in0.1",
-            "!in3.2",
+            "in3.2=in1.1",
         ];
         assert_eq!(links(&g), expected);
     }

@@ -183,7 +183,7 @@ fn parts<'a>(node: &Node, x: Option<&'a [Dim]>, w: Option<&'a [Dim]>) -> Option<
     Some((x, w, Window::of(node, w[2..].to_vec())))
 }
 
-fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn conv_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     Ok(vec![Fact::new(cx.dtype(0), conv_shape(cx, 1)?)])
 }
 
@@ -212,7 +212,7 @@ fn grouped(relations: &mut Relations, at: At, g: &Dim, inner: &Dim) -> (At, Opti
     ((v, 0), Some((v, 1)))
 }
 
-fn conv_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn conv_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     relate_conv(cx, &mut relations, 1, Some(2));
     relations
@@ -256,7 +256,7 @@ fn relate_bias_and_kernel(cx: &AxesCx<'_>, relations: &mut Relations, window: &W
 }
 
 /// `elements of the output * C/g * kernel positions`
-fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
+pub(super) fn conv_cost(cx: &CostCx<'_>) -> Option<Dim> {
     conv_macs(cx, 1)
 }
 
@@ -267,7 +267,7 @@ pub(super) fn conv_macs(cx: &CostCx<'_>, weight: usize) -> Option<Dim> {
 }
 
 /// Groups that remain = input channels that remain / those of one group.
-fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+pub(super) fn conv_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     refit_group(cx, 1, cx.kept_input(0, 1).map(<[usize]>::len), cx.old_input(0).get(1).and_then(Dim::size))
 }
 

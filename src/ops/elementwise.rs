@@ -42,7 +42,7 @@ const fn logical(name: &'static str, since: i64) -> OpRule {
 }
 
 /// Every axis of every input goes with the axis of the output that it is broadcast to.
-fn broadcast_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn broadcast_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     for slot in 0..cx.node.inputs().len() {
         cx.broadcast(&mut relations, slot);
@@ -74,7 +74,7 @@ fn infer_as(cx: &InferCx<'_>, dtype: Option<DType>) -> Result<Vec<Fact>, InferEr
     Ok(vec![Fact::new(dtype, shape).with_known(known)])
 }
 
-fn infer_like_first(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn infer_like_first(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     infer_as(cx, cx.dtype(0))
 }
 

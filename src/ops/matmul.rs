@@ -59,34 +59,39 @@ fn split(shape: &[Dim]) -> (&[Dim], &[Dim]) {
     shape.split_at(shape.len().saturating_sub(2))
 }
 
-fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn matmul_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     Ok(vec![Fact::new(cx.dtype(0), product_shape(cx, 0, 1)?)])
 }
 
 /// Shape of the product of the operands at two slots; `None` where a rank is unknown.
 pub(super) fn product_shape(cx: &InferCx<'_>, a: usize, b: usize) -> Result<Option<Vec<Dim>>, InferError> {
     let (Some(a), Some(b)) = (cx.shape(a), cx.shape(b)) else { return Ok(None) };
+    shape_of_product(a, b).map(Some).map_err(|e| cx.error(e))
+}
+
+/// Shape of the product of two shapes.
+pub(super) fn shape_of_product(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, String> {
     if a.is_empty() || b.is_empty() {
-        return Err(cx.error("a scalar operand"));
+        return Err("a scalar operand".to_string());
     }
     let ((batch_a, last_a), (batch_b, last_b)) = (split(a), split(b));
     let (k_a, k_b) = (&last_a[last_a.len() - 1], &last_b[0]);
     if contradict(k_a, k_b) {
-        return Err(cx.error(format!("inner sizes differ: {k_a} of the first operand, {k_b} of the second")));
+        return Err(format!("inner sizes differ: {k_a} of the first operand, {k_b} of the second"));
     }
     let rank = batch_a.len().max(batch_b.len());
     let mut out = Vec::with_capacity(rank + 2);
     for axis in 0..rank {
         let at = |batch: &[Dim]| (axis + batch.len()).checked_sub(rank).map_or(Dim::from(1i64), |i| batch[i].clone());
         let (x, y) = (at(batch_a), at(batch_b));
-        out.push(broadcast_dim(&x, &y).ok_or_else(|| cx.error(format!("batch sizes {x} and {y} do not broadcast")))?);
+        out.push(broadcast_dim(&x, &y).ok_or_else(|| format!("batch sizes {x} and {y} do not broadcast"))?);
     }
     out.extend(last_a[..last_a.len() - 1].iter().cloned());
     out.extend(last_b[1..].iter().cloned());
-    Ok(Some(out))
+    Ok(out)
 }
 
-fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     relate_product(cx, &mut relations, 0, 1);
     relations
@@ -94,26 +99,32 @@ fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
 
 /// `..b m |k|, ..b |k| n -> ..b m n` for the operands at two slots.
 pub(super) fn relate_product(cx: &AxesCx<'_>, relations: &mut Relations, left: usize, right: usize) {
-    let (left, right) = (Slot::In(left), Slot::In(right));
-    let (a, b, out) = (cx.shape(left), cx.shape(right), cx.shape(Slot::Out(0)));
+    let order = |slot: usize| (0..cx.shape(Slot::In(slot)).len()).collect::<Vec<_>>();
+    relate_ordered_product(cx, relations, [(left, &order(left)), (right, &order(right))]);
+}
+
+/// The same for operands whose axes are stored in another order: axis i of an operand of the product is axis `order[i]` of the input.
+pub(super) fn relate_ordered_product(cx: &AxesCx<'_>, relations: &mut Relations, operands: [(usize, &[usize]); 2]) {
+    let out = cx.shape(Slot::Out(0));
+    let [(left, a), (right, b)] = operands.map(|(slot, order)| (Slot::In(slot), order));
     if a.is_empty() || b.is_empty() {
         return;
     }
     let (rows, columns) = (usize::from(a.len() > 1), usize::from(b.len() > 1));
     let batch = out.len() - rows - columns;
-    for (slot, shape) in [(left, a), (right, b)] {
-        let own = shape.len().saturating_sub(2);
-        for (axis, size) in shape.iter().enumerate().take(own) {
-            relate_broadcast(relations, ((slot, axis), size), batch - own + axis, out);
+    for (slot, order) in [(left, a), (right, b)] {
+        let own = order.len().saturating_sub(2);
+        for (axis, stored) in order.iter().enumerate().take(own) {
+            relate_broadcast(relations, ((slot, *stored), &cx.shape(slot)[*stored]), batch - own + axis, out);
         }
     }
     if rows == 1 {
-        relations.same((left, a.len() - 2), (Slot::Out(0), batch));
+        relations.same((left, a[a.len() - 2]), (Slot::Out(0), batch));
     }
     if columns == 1 {
-        relations.same((right, b.len() - 1), (Slot::Out(0), batch + rows));
+        relations.same((right, b[b.len() - 1]), (Slot::Out(0), batch + rows));
     }
-    relations.contract((left, a.len() - 1), (right, b.len().saturating_sub(2)));
+    relations.contract((left, a[a.len() - 1]), (right, b[b.len().saturating_sub(2)]));
 }
 
 /// Relates an axis of an input to the axis of output 0 that it is broadcast to.
@@ -270,7 +281,7 @@ pub(super) fn gemm_layout(node: &Node) -> ((usize, usize), (usize, usize)) {
     (a, b)
 }
 
-fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn gemm_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     Ok(vec![Fact::new(cx.dtype(0), gemm_shape(cx, 0, 1, 2)?)])
 }
 
@@ -294,7 +305,7 @@ pub(super) fn gemm_shape(cx: &InferCx<'_>, a: usize, b: usize, c: usize) -> Resu
     Ok(Some(out))
 }
 
-fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn gemm_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     relate_gemm(cx, &mut relations, 0, 1, 2);
     relations
@@ -364,7 +375,18 @@ pub(super) mod one_node {
 
     /// The node `op` on float inputs of the given shapes (`-` where left out), with `outputs` outputs.
     pub(crate) fn graph(op: &str, opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
-        let mut g = Graph::new(8, vec![(String::new(), opset)], Bytes::new());
+        of_domain(("", op), opset, inputs, attrs, outputs)
+    }
+
+    /// The same for an operator of com.microsoft.
+    pub(crate) fn microsoft(op: &str, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        of_domain(("com.microsoft", op), 17, inputs, attrs, outputs)
+    }
+
+    fn of_domain((domain, op): (&str, &str), opset: i64, inputs: &[&str], attrs: Vec<Attr>, outputs: usize) -> Graph {
+        let mut opsets = vec![(String::new(), opset)];
+        opsets.extend((!domain.is_empty()).then(|| (domain.to_string(), 1)));
+        let mut g = Graph::new(8, opsets, Bytes::new());
         let mut ids = Vec::new();
         for (i, text) in inputs.iter().enumerate() {
             ids.push((*text != "-").then(|| {
@@ -374,7 +396,14 @@ pub(super) mod one_node {
             }));
         }
         let outs = (0..outputs).map(|i| Some(g.add_value(&format!("y{i}")))).collect();
-        g.add_node(NewNode { op: op.to_string(), inputs: ids, outputs: outs, attrs, ..NewNode::default() });
+        g.add_node(NewNode {
+            op: op.to_string(),
+            domain: domain.to_string(),
+            inputs: ids,
+            outputs: outs,
+            attrs,
+            ..NewNode::default()
+        });
         g
     }
 
@@ -395,7 +424,7 @@ pub(super) mod one_node {
         let id = g.order()[0];
         let node = g.node(id);
         let opset = g.opset("").expect("set above");
-        match lookup("", node.op()).map(|r| &r.axes) {
+        match lookup(node.domain(), node.op()).map(|r| &r.axes) {
             Some(Axes::Rule(rule)) => rule(&AxesCx { graph: g, facts: &f, node, id, opset }),
             _ => Relations::default(),
         }
@@ -436,7 +465,7 @@ pub(super) mod one_node {
         let node = g.node(g.order()[0]);
         let of = |v: &[Option<ValueId>]| v.iter().map(|v| v.and_then(|v| f.shape(v))).collect();
         let cx = CostCx { node, inputs: of(node.inputs()), outputs: of(node.outputs()) };
-        match lookup("", node.op()).map(|r| &r.cost) {
+        match lookup(node.domain(), node.op()).map(|r| &r.cost) {
             Some(Cost::Rule(rule)) => rule(&cx).map_or("?".into(), |d| d.to_string()),
             _ => "free".into(),
         }
@@ -448,7 +477,7 @@ pub(super) mod one_node {
         let id: NodeId = g.order()[0];
         let ids: Vec<_> = kept.iter().map(|(slot, axis, k)| (g.node(id).input(*slot), *axis, k.as_slice())).collect();
         let find = |v: ValueId, axis: usize| ids.iter().find(|(i, a, _)| *i == Some(v) && *a == axis).map(|(_, _, k)| *k);
-        let Some(Refit::Rule(rule)) = lookup("", g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
+        let Some(Refit::Rule(rule)) = lookup(g.node(id).domain(), g.node(id).op()).map(|r| &r.refit) else { return Ok(vec![]) };
         let original = g.clone();
         let mut cx = RefitCx {
             graph: g,

@@ -1,6 +1,8 @@
 //! Normalizations: LayerNormalization, RMSNormalization, GroupNormalization, InstanceNormalization, BatchNormalization,
 //! LpNormalization.
 //!
+//! LayerNormalization exists from opset 17 on; ONNX Runtime has it before that too, and writes it into graphs of any opset.
+//!
 //! Shape: the first output is as the first input. Axes over which statistics are taken are barriers: they change with the
 //! number of units. The others are parallel; scale and bias go with the axes that they lie along. BatchNormalization uses
 //! constant statistics and is pointwise.
@@ -17,7 +19,7 @@ type GradRule = fn(&mut GradCx<'_>) -> Result<(), String>;
 
 /// The records of this family.
 pub static RULES: &[OpRule] = &[
-    OpRule { infer: infer_layer, ..normalization("LayerNormalization", 17, layer_axes, layer_grad) },
+    OpRule { infer: infer_layer, ..normalization("LayerNormalization", 1, layer_axes, layer_grad) },
     normalization("RMSNormalization", 23, layer_axes, rms_grad),
     normalization("GroupNormalization", 18, group_axes, group_grad),
     normalization("InstanceNormalization", 11, instance_axes, instance_grad),
@@ -38,9 +40,9 @@ const fn normalization(name: &'static str, since: i64, axes: AxesRule, grad: Gra
     }
 }
 
-const NORMALIZED: &str = "normalized over this axis";
+pub(super) const NORMALIZED: &str = "normalized over this axis";
 
-fn infer_same(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn infer_same(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     Ok(vec![Fact::new(cx.dtype(0), cx.shape(0).map(<[_]>::to_vec))])
 }
 
@@ -50,7 +52,7 @@ fn first_axis(node: &Node, rank: usize) -> Option<usize> {
 }
 
 /// Outputs: the normalized value; mean and 1/deviation, of size 1 along the normalized axes, in the type of computation.
-fn infer_layer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(super) fn infer_layer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let mut facts = infer_same(cx)?;
     let statistic = match cx.shape(0) {
         Some(shape) => {
@@ -72,7 +74,7 @@ fn barrier_all(cx: &AxesCx<'_>, relations: &mut Relations, reason: &str) {
 }
 
 /// `b n, n -> b n`, everything from `axis` on being normalized; mean and deviation keep the axes before.
-fn layer_axes(cx: &AxesCx<'_>) -> Relations {
+pub(super) fn layer_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let rank = cx.shape(Slot::In(0)).len();
     let Some(first) = first_axis(cx.node, rank) else {

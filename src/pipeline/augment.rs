@@ -1,5 +1,6 @@
 //! Model -> training graph.
 
+use super::apart::Trainable;
 use super::{Error, Model};
 use crate::anatomy::Kind;
 use crate::autodiff::loss::Loss;
@@ -22,9 +23,10 @@ pub struct AugmentAsk {
 
 /// Builds the training graph.
 pub fn augment(model: &Model, ask: &AugmentAsk) -> Result<Supernet, Error> {
-    let graph = model.graph();
+    let trainable = Trainable::of_model(model)?;
+    let (graph, facts, _) = trainable.parts();
     let kinds: Vec<Kind> = ask.kinds.iter().copied().collect();
-    let (groups, tokens) = search::gates(graph, &model.anatomy, &kinds);
+    let (groups, tokens) = trainable.gates(model, &kinds)?;
     let mut options = Options { loss_outputs: Vec::new(), ..ask.options.clone() };
     if ask.tie_qkv {
         options.tied = search::tied_groups(&groups);
@@ -36,6 +38,5 @@ pub fn augment(model: &Model, ask: &AugmentAsk) -> Result<Supernet, Error> {
         let output = super::class_output(model, None)?;
         options.loss_outputs.extend(output.and_then(|name| graph.find(&name)));
     }
-    supernet::build(graph, &model.facts, &groups, &tokens, &options)
-        .map_err(|cause| Error::Supernet { file: model.path.clone(), cause })
+    supernet::build(graph, facts, &groups, &tokens, &options).map_err(|cause| Error::Supernet { file: model.path.clone(), cause })
 }

@@ -1,5 +1,6 @@
 //! Plan + model (+ run) -> the sliced graph, with the plan completed by what was edited.
 
+use super::apart::Trainable;
 use super::{Error, Model, analyse};
 use crate::anatomy::{Anatomy, Kind};
 use crate::fold;
@@ -84,12 +85,15 @@ fn cut_fitting(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>)
         return Ok(Cut { sliced, plan, warnings: Vec::new() });
     };
     let run = read_run(model, dir)?;
-    let trained = run.apply_weights(model.graph()).map_err(|e| search_error(dir, e))?;
+    let searched = Trainable::of_model(model)?;
+    let trained = run.apply_weights(searched.parts().0).map_err(|e| search_error(dir, e))?;
+    let trained = searched.put_back(model.graph(), trained).map_err(|reason| Error::unsuitable(dir, reason))?;
     plan.split = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
     let Analysed { mut graph, facts, anatomy } = analysed(model, trained)?;
     let mut why = changed(model.graph(), &graph, &plan.split, "trained");
-    let (folded, warnings) = fold_gates(&mut graph, &facts, &anatomy, &run, &kept, dir)?;
-    why.extend(folded.into_iter().map(|name| (name, "folded")));
+    let trained = graph.clone();
+    let warnings = fold_gates(&mut graph, &Trainable::of(&model.path, (&trained, &facts, &anatomy))?, &run, &kept, dir)?;
+    why.extend(changed(&trained, &graph, &[], "folded"));
     let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).map_err(slice_error)?;
     plan.edited = edited(why);
     let checkpoint = dir.join("checkpoint.safetensors");
@@ -115,31 +119,29 @@ pub(super) fn search_error(file: &Path, cause: search::SearchError) -> Error {
     }
 }
 
-/// Multiplies the gates of a run into the weights. Tokens have no weights: a token that stays counts fully.
-fn fold_gates(
-    graph: &mut Graph,
-    facts: &Facts,
-    anatomy: &Anatomy,
-    run: &Run,
-    kept: &Kept,
-    dir: &Path,
-) -> Result<(BTreeSet<String>, Vec<String>), Error> {
-    let (mut names, mut warnings) = (BTreeSet::new(), Vec::new());
+/// Multiplies the gates of a run into the weights of `graph`, of which `trainable` was made. Tokens have no weights: a token that
+/// stays counts fully. Returns gates that could not be folded, with the reason.
+fn fold_gates(graph: &mut Graph, trainable: &Trainable<'_>, run: &Run, kept: &Kept, dir: &Path) -> Result<Vec<String>, Error> {
+    let mut warnings = Vec::new();
+    let (written, facts, anatomy) = trainable.parts();
+    let (model, mut scaled) = (graph.clone(), written.clone());
     for group in anatomy.groups.iter().filter(|g| g.kind != Kind::Token) {
         let Some(gates) = run.gates.get(&group.id) else { continue };
         if gates.len() != group.units() {
             let cause = fold::FoldError::Units { group: group.id.clone(), found: gates.len(), units: group.units() };
             return Err(Error::Fold { file: dir.to_path_buf(), cause });
         }
-        match fold::group(graph, facts, group, gates) {
-            Ok(changed) => names.extend(changed),
+        let mut next = scaled.clone();
+        let folded = fold::group(&mut next, facts, group, gates);
+        match folded.and_then(|_| Ok((trainable.put_back(&model, next.clone())?, next))) {
+            Ok((whole, next)) => (*graph, scaled) = (whole, next),
             Err(reason) => {
                 let is_cut = if kept.contains_key(&group.id) { "what stays of it counts" } else { "it counts" };
                 warnings.push(format!("gates of {} cannot be multiplied into weights ({reason}): {is_cut} fully", group.id));
             }
         }
     }
-    Ok((names, warnings))
+    Ok(warnings)
 }
 
 /// The edited tensors by name; where there are two reasons, both are told.

@@ -1,5 +1,6 @@
 //! What trains or runs models: search, fine-tuning, evaluation, latency.
 
+use super::apart::Trainable;
 use super::edit::{check_all_elements, search_error};
 use super::{Error, Model, check_trains, class_output};
 use crate::anatomy::Kind;
@@ -57,10 +58,12 @@ pub fn search(
     check_search(model, &ask.config.gates)?;
     let output = class_output(model, ask.output)?;
     let sha256 = model.sha256()?;
-    let (groups, tokens) = search::gates(model.graph(), &model.anatomy, &ask.config.gates);
+    let trainable = Trainable::of_model(model)?;
+    let (graph, facts, _) = trainable.parts();
+    let (groups, tokens) = trainable.gates(model, &ask.config.gates)?;
     let job = Job {
-        graph: model.graph(),
-        facts: &model.facts,
+        graph,
+        facts,
         groups: &groups,
         tokens: &tokens,
         model_sha256: &sha256,
@@ -88,8 +91,12 @@ pub fn finetune(
     check_trains(student)?;
     let output = class_output(student, output)?;
     let output = output.as_deref();
-    let job = FinetuneJob { student: student.graph(), facts: &student.facts, teacher: teacher.graph(), output, library };
-    search::finetune(&job, data, config, progress, stop).map_err(|cause| search_error(&student.path, cause))
+    let trainable = Trainable::of_model(student)?;
+    let (graph, facts, _) = trainable.parts();
+    let job = FinetuneJob { student: graph, facts, teacher: teacher.graph(), output, library };
+    let tuned = search::finetune(&job, data, config, progress, stop).map_err(|cause| search_error(&student.path, cause))?;
+    let graph = trainable.put_back(student.graph(), tuned.graph).map_err(|reason| Error::unsuitable(&student.path, reason))?;
+    Ok(Finetuned { graph, ..tuned })
 }
 
 /// How a model is evaluated.

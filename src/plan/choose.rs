@@ -123,12 +123,12 @@ fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladd
         return Err(ChooseError::ScoresDiffer { group: group.id.clone(), found: values.len(), units });
     }
     let pinned: BTreeSet<usize> = limits.pinned.get(&group.id).into_iter().flatten().copied().collect();
-    let width = group.stored.len();
+    let (width, first_row) = (group.stored.len(), group.bundles());
     let mut rows: Vec<Vec<(f64, Vec<usize>)>> = Vec::new();
     for head in 0..group.nest_count() {
         let mut bundles: Vec<(f64, Vec<usize>)> = Vec::new();
-        for unit in head * width..(head + 1) * width {
-            let bundle = group.bundle(unit);
+        for (unit, bundle) in (head * width..).zip(&first_row) {
+            let bundle: Vec<usize> = bundle.iter().map(|u| head * width + u).collect();
             if bundle[0] == unit && !bundle.iter().any(|u| pinned.contains(u)) {
                 bundles.push((bundle.iter().map(|u| f64::from(values[*u])).sum(), bundle));
             }

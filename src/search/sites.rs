@@ -3,11 +3,12 @@
 use super::config::{Config, Tie};
 use crate::anatomy::{Anatomy, Kind};
 use crate::graph::Graph;
+use crate::infer::Facts;
 use crate::supernet::{self, GateGroup, TokenGate};
 
 /// The gates of these kinds, with their places.
-pub fn gates(graph: &Graph, anatomy: &Anatomy, kinds: &[Kind]) -> (Vec<GateGroup>, Vec<TokenGate>) {
-    let (mut groups, mut tokens) = supernet::gates_of(graph, anatomy);
+pub fn gates(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kinds: &[Kind]) -> (Vec<GateGroup>, Vec<TokenGate>) {
+    let (mut groups, mut tokens) = supernet::gates_of(graph, facts, anatomy);
     groups.retain(|g| kinds.iter().any(|k| k.as_str() == g.kind));
     if !kinds.contains(&Kind::Token) {
         tokens.clear();

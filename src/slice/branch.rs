@@ -153,7 +153,7 @@ impl<'a> Brancher<'a> {
 
     fn refit(&mut self, origin: NodeId, id: NodeId, kept: &BTreeMap<(ValueId, usize), Vec<usize>>) -> Result<(), RefitError> {
         let node = self.original.node(origin);
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { return Ok(()) };
+        let Some(Refit::Rule(rule)) = ops::rule_of(self.original, node).map(|r| &r.refit) else { return Ok(()) };
         let look = |v: ValueId, axis: usize| kept.get(&(v, axis)).map(Vec::as_slice);
         let mut cx = RefitCx {
             graph: self.graph,

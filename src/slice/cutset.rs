@@ -79,15 +79,19 @@ pub struct CutSet<'a> {
     removals: Vec<Removal<'a>>,
     /// For classes that lose whole positions: the first one that stays.
     stand_in: BTreeMap<ClassId, usize>,
-    classes: BTreeSet<ClassId>,
+    /// Numbers of the removals that cut a class.
+    of_class: BTreeMap<ClassId, Vec<usize>>,
+    /// Numbers of the removals that a use spreads.
+    spread: BTreeMap<Use, Vec<usize>>,
 }
 
 impl<'a> CutSet<'a> {
     /// Checks what a plan keeps and turns it around.
     pub fn new(anatomy: &'a Anatomy, kept: &Kept) -> Result<Self, CutError> {
+        let by_id: BTreeMap<&str, &Group> = anatomy.groups.iter().map(|g| (g.id.as_str(), g)).collect();
         let mut removals = Vec::new();
         for (id, units) in kept {
-            let group = anatomy.groups.iter().find(|g| g.id == *id).ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
+            let group = by_id.get(id.as_str()).copied().ok_or_else(|| CutError::UnknownGroup(id.clone()))?;
             let gone = gone_of(group, units)?;
             if !gone.is_empty() && group.kind != Kind::Token {
                 removals.push(Removal { group, gone });
@@ -99,8 +103,13 @@ impl<'a> CutSet<'a> {
             let first = (0..size).find(|c| !r.gone.contains(&(0, *c))).unwrap_or(0);
             stand_in.insert(r.group.leaf, first);
         }
-        let classes = removals.iter().map(|r| r.group.leaf).collect();
-        let set = Self { anatomy, removals, stand_in, classes };
+        let mut of_class: BTreeMap<ClassId, Vec<usize>> = BTreeMap::new();
+        let mut spread: BTreeMap<Use, Vec<usize>> = BTreeMap::new();
+        for (number, r) in removals.iter().enumerate() {
+            of_class.entry(r.group.leaf).or_default().push(number);
+            r.group.spread.iter().for_each(|at| spread.entry(*at).or_default().push(number));
+        }
+        let set = Self { anatomy, removals, stand_in, of_class, spread };
         set.check_equal()?;
         Ok(set)
     }
@@ -127,13 +136,18 @@ impl<'a> CutSet<'a> {
         Ok(())
     }
 
+    /// Removals that cut a class.
+    fn of_class(&self, class: ClassId) -> impl Iterator<Item = &Removal<'a>> {
+        self.of_class.get(&class).into_iter().flatten().map(|number| &self.removals[*number])
+    }
+
     /// Whether a head that the group's units are nested in is removed as a whole.
     fn row_is_gone(&self, group: &Group, row: usize) -> bool {
         let mut rest = row;
         for (class, size) in group.nest.iter().rev() {
             let at = rest % size;
             rest /= size;
-            if self.removals.iter().any(|r| r.group.leaf == *class && r.group.nest.is_empty() && r.gone.contains(&(0, at))) {
+            if self.of_class(*class).any(|r| r.group.nest.is_empty() && r.gone.contains(&(0, at))) {
                 return true;
             }
         }
@@ -143,7 +157,7 @@ impl<'a> CutSet<'a> {
     /// Number of positions that stay of a class, in each head.
     pub fn class_size(&self, class: ClassId) -> Option<usize> {
         let size = self.anatomy.axes.classes()[class].size?;
-        let Some(r) = self.removals.iter().find(|r| r.group.leaf == class) else { return Some(size) };
+        let Some(r) = self.of_class(class).next() else { return Some(size) };
         let row = (0..r.group.nest_count()).find(|row| !self.row_is_gone(r.group, *row)).unwrap_or(0);
         Some(size - r.gone.iter().filter(|(x, _)| *x == row).count())
     }
@@ -165,16 +179,14 @@ impl<'a> CutSet<'a> {
     /// Which positions of a region of a carrier are removed.
     fn gone_in(&self, carrier: CarrierId, region: &Region) -> Vec<bool> {
         let mut gone = vec![false; region.positions.len()];
-        for r in self.removals.iter().filter(|r| !r.group.aside.contains(&carrier)) {
-            if !region.factors.iter().any(|(c, _)| *c == r.group.leaf) {
-                continue;
-            }
+        let classes: BTreeSet<ClassId> = region.factors.iter().map(|(c, _)| *c).collect();
+        for r in classes.iter().flat_map(|c| self.of_class(*c)).filter(|r| !r.group.aside.contains(&carrier)) {
             for (offset, gone) in gone.iter_mut().enumerate() {
-                let at = region.coordinates(offset);
+                let of = |class| region.coordinate(offset, class);
                 let row = r.group.nest.iter().fold(0, |row, (class, size)| {
-                    row * size + at.get(class).or_else(|| self.stand_in.get(class)).copied().unwrap_or(0)
+                    row * size + of(*class).or_else(|| self.stand_in.get(class).copied()).unwrap_or(0)
                 });
-                *gone |= r.gone.contains(&(row, at[&r.group.leaf]));
+                *gone |= of(r.group.leaf).is_some_and(|leaf| r.gone.contains(&(row, leaf)));
             }
         }
         gone
@@ -184,7 +196,7 @@ impl<'a> CutSet<'a> {
     pub fn stays(&self, at: AxisOf) -> Stays {
         let sections = self.anatomy.axes.sections(at);
         if sections.is_empty() {
-            let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.classes.contains(c));
+            let cut = self.anatomy.axes.classes_on(at).iter().any(|c| self.of_class.contains_key(c));
             return if cut { Stays::Scaled } else { Stays::Whole };
         }
         // The first section stands for all of them, as long as the others keep as much: in all, and of equal cells.
@@ -223,7 +235,7 @@ impl<'a> CutSet<'a> {
 
     /// Where constants that hold one value for all heads meet heads that keep different dims.
     pub(super) fn spread(&self) -> BTreeSet<Use> {
-        self.removals.iter().flat_map(|r| r.group.spread.iter().copied()).collect()
+        self.spread.keys().copied().collect()
     }
 
     /// Classes of the heads that keep different dims where `at` reads a constant.
@@ -256,7 +268,7 @@ impl<'a> CutSet<'a> {
     }
 
     fn spread_at(&self, at: Use) -> impl Iterator<Item = &Removal<'a>> {
-        self.removals.iter().filter(move |r| r.group.spread.contains(&at))
+        self.spread.get(&at).into_iter().flatten().map(|number| &self.removals[*number])
     }
 
     /// Number of cases of a carrier.
@@ -271,14 +283,13 @@ fn gone_of(group: &Group, kept: &[usize]) -> Result<BTreeSet<(usize, usize)>, Cu
     if let Some(unit) = stays.iter().find(|u| **u >= units) {
         return Err(CutError::UnknownUnit { group: group.id.clone(), unit: *unit, units });
     }
-    let width = group.stored.len();
+    let (width, bundles) = (group.stored.len(), group.bundles());
     let mut gone = BTreeSet::new();
     for unit in 0..units {
-        let partners = group.bundle(unit);
-        let torn = partners.iter().find(|p| !stays.contains(p));
+        let torn = bundles[unit % width].iter().map(|p| unit / width * width + p).find(|p| !stays.contains(p));
         match (stays.contains(&unit), torn) {
             (true, Some(partner)) => {
-                return Err(CutError::TornPair { group: group.id.clone(), unit, partner: *partner });
+                return Err(CutError::TornPair { group: group.id.clone(), unit, partner });
             }
             (true, None) => {}
             (false, _) => {

@@ -195,7 +195,7 @@ fn refit_nodes(
         if carriers.is_empty() || carriers.iter().any(|(_, c)| ragged.contains(c)) {
             continue;
         }
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let Some(Refit::Rule(rule)) = ops::rule_of(graph, node).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| {
             let at = |slot: &Slot| match slot {
                 Slot::In(i) => node.input(*i),

@@ -14,7 +14,7 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
     let mut tainted: SideMap<ValueId, Option<Fact>> = SideMap::filled(graph.value_count(), None);
     for id in graph.order().to_vec() {
         let node = graph.node(id).clone();
-        let Some(rule) = ops::lookup(node.domain(), node.op()) else { continue };
+        let Some(rule) = ops::rule_of(graph, &node) else { continue };
         let inputs: Vec<Option<Fact>> = node.inputs().iter().map(|v| v.map(|v| after(graph, facts, &tainted, size, v))).collect();
         let reads_shape = matches!(rule.axes, ops::Axes::ShapeOnly);
         let reads_tainted = node.inputs().iter().flatten().any(|v| tainted.get(*v).is_some_and(Option::is_some));

@@ -65,7 +65,7 @@ pub(super) fn cut(
         if !values().any(|v| stays.range((*v, 0)..=(*v, usize::MAX)).next().is_some()) {
             continue;
         }
-        let Some(Refit::Rule(rule)) = ops::lookup(node.domain(), node.op()).map(|r| &r.refit) else { continue };
+        let Some(Refit::Rule(rule)) = ops::rule_of(graph, node).map(|r| &r.refit) else { continue };
         let look = |v: ValueId, axis: usize| stays.get(&(v, axis)).map(Vec::as_slice);
         let mut cx = RefitCx {
             graph: &mut out,
@@ -105,11 +105,11 @@ fn gather_sites(out: &mut Graph, sites: &[(&TokenSite, BTreeSet<usize>)]) {
             Some(b) => b.iter().copied().collect(),
         };
         let positions: Vec<usize> = (0..there.len()).filter(|i| kept.contains(&there[*i])).collect();
-        let users = out.value(site.value).users().to_vec();
-        let gathered = shapes::gather(out, site.value, site.axis, &positions, "cut");
-        for at in users {
-            if at.slot < out.node(at.node).inputs().len() {
-                out.set_input(at, Some(gathered));
+        for value in std::iter::once(&site.value).chain(&site.beside) {
+            let users = out.value(*value).users().to_vec();
+            let gathered = shapes::gather(out, *value, site.axis, &positions, "cut");
+            for at in users.iter().filter(|at| at.slot < out.node(at.node).inputs().len()).collect::<Vec<_>>() {
+                out.set_input(*at, Some(gathered));
             }
         }
         before = Some(kept);

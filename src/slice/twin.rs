@@ -5,9 +5,9 @@
 
 use super::tokens::{kept_tokens, sites_of};
 use super::{Sliced, TensorCut};
-use crate::anatomy::{Anatomy, FIXED};
+use crate::anatomy::{Anatomy, FIXED, FusedKeys};
 use crate::graph::build::Builder;
-use crate::graph::{Graph, Tensor, Use, ValueId};
+use crate::graph::{DType, Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops::quantize::values;
 use crate::slice::cutset::Kept;
@@ -133,6 +133,13 @@ fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
     for (number, stretch) in anatomy.tokens.last_before(&sites_of(&sites)) {
         let stays = &sites[number].1;
         let gone_at = |list: &[usize]| -> Vec<bool> { list.iter().map(|t| *t != FIXED && !stays.contains(t)).collect() };
+        for fused in &stretch.fused {
+            if let Some(list) = stretch.reach.get(&fused.keys)
+                && done.insert(fused.node)
+            {
+                mask_fused(out, facts, fused, &gone_at(list));
+            }
+        }
         for (id, axis) in stretch.softmaxes.iter().chain(&stretch.means) {
             let Some(input) = out.node(*id).input(0) else { continue };
             let original = input;
@@ -142,7 +149,7 @@ fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
             }
             let gone = gone_at(list);
             let rank = facts.shape(original).map_or(0, <[_]>::len);
-            let dtype = facts.get(original).dtype.unwrap_or(crate::graph::DType::F32);
+            let dtype = facts.get(original).dtype.unwrap_or(DType::F32);
             let mut dims = vec![1; rank];
             dims[*axis] = list.len();
             let like = Tensor { dims, ..Tensor::new(dtype, vec![], bytes::Bytes::new()) };
@@ -164,4 +171,27 @@ fn mask_tokens(out: &mut Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) {
             out.set_input(Use { node: *id, slot: 0 }, Some(masked));
         }
     }
+}
+
+/// Adds what hides `gone` to the logits of a fused attention.
+fn mask_fused(out: &mut Graph, facts: &Facts, fused: &FusedKeys, gone: &[bool]) {
+    let queries = facts.shape(fused.queries.0).and_then(|s| s[fused.queries.1].size()).unwrap_or(1);
+    let dtype = facts.get(fused.queries.0).dtype.unwrap_or(DType::F32);
+    let given = out.node(fused.node).input(fused.bias);
+    let mut b = Builder::new(out, "token_mask.");
+    let masked = match given.map(|v| (v, facts.get(v).dtype)) {
+        Some((bias, Some(DType::Bool))) => {
+            let seen: Vec<bool> = gone.iter().map(|g| !g).collect();
+            let seen = b.constant(Tensor { dims: vec![1, seen.len()], ..Tensor::bools(&seen) });
+            b.and(bias, seen)
+        }
+        given => {
+            let row = gone.iter().map(|g| if *g { MASKED } else { 0.0 });
+            let values: Vec<f32> = (0..queries).flat_map(|_| row.clone()).collect();
+            let like = Tensor::new(dtype, vec![1, 1, queries, gone.len()], bytes::Bytes::new());
+            let mask = b.constant(like.with_f32s(&values));
+            given.map_or(mask, |(bias, _)| b.add(bias, mask))
+        }
+    };
+    out.set_input(Use { node: fused.node, slot: fused.bias }, Some(masked));
 }

@@ -4,36 +4,156 @@
 //! Example: `BiasGelu(x, b)` becomes Add, and GELU by Erf; `Attention` becomes MatMul, Add, Split, and the products and softmax
 //! of every head. It is done before the anatomy is taken: groups then have the same ids and units as in the fused model.
 //! Invariant: graph inputs and outputs keep name and content. A use that is not written here (past keys, packed queries) is left
-//! as it is, and the gradient sweep names it. Source: docs/ContribOperators.md of microsoft/onnxruntime.
+//! as it is, and the gradient sweep names it; so is an operator without a kernel for processors, which there is nothing to hold
+//! against. Source: docs/ContribOperators.md of microsoft/onnxruntime.
 
 use super::decompose_attention as attention;
+use crate::anatomy::FusedKeys;
 use crate::graph::build::{Builder, attr};
-use crate::graph::{AttrValue, DType, Graph, Node, NodeId, ValueId};
-use crate::infer::{self, Facts, InferError};
+use crate::graph::{AttrValue, DType, Graph, Id, Node, NodeId, Tensor, Use, ValueId};
+use crate::infer::{self, Dim, Facts, InferError};
+use crate::ops::microsoft::matmul;
+use std::collections::BTreeMap;
 use std::f32::consts::FRAC_1_SQRT_2;
 
-/// Writes out every fused operator that has a form here; returns their labels.
+/// What was written out.
+#[derive(Clone, Debug, Default)]
+pub struct Apart {
+    /// Labels of the nodes.
+    pub labels: Vec<String>,
+    /// The fused node of the model that each new node stands for a part of.
+    origin: BTreeMap<NodeId, NodeId>,
+    /// Copies of constants that other nodes read too.
+    copies: BTreeMap<ValueId, ValueId>,
+}
+
+/// Whether there is anything to write out.
+pub fn applies(graph: &Graph) -> bool {
+    graph.nodes().any(|(_, node)| is_fused(node))
+}
+
+fn is_fused(node: &Node) -> bool {
+    node.domain() == "com.microsoft" || (node.domain().is_empty() && node.op() == "SimplifiedLayerNormalization")
+}
+
+/// Writes out every fused operator that has a form here.
 ///
 /// Errors: the model's shapes contradict each other.
-pub fn run(graph: &mut Graph) -> Result<Vec<String>, InferError> {
-    let mut done = Vec::new();
-    // What stands behind a fused node has no known rank before that node is written out.
+pub fn run(graph: &mut Graph) -> Result<Apart, InferError> {
+    let mut apart = Apart::default();
+    // What stands behind a fused node without a record has no known rank before that node is written out.
     loop {
         let facts = infer::facts(graph)?;
-        let before = done.len();
+        let before = apart.labels.len();
         for id in graph.order().to_vec() {
-            let label = graph.label(id);
-            if write_out(graph, &facts, id).is_some() {
-                done.push(label);
+            let (label, first) = (graph.label(id), graph.node_capacity());
+            if write_out(graph, &facts, id, &mut apart.copies).is_some() {
+                apart.labels.push(label);
+                apart.origin.extend((first..graph.node_capacity()).map(|new| (NodeId::new(new), id)));
             }
         }
         // Nodes of an attempt that was given up are dead too.
         graph.remove_dead(&|_, _| false);
         graph.sort();
-        if done.len() == before {
-            return Ok(done);
+        if apart.labels.len() == before {
+            return Ok(apart);
         }
     }
+}
+
+/// Gives every fused attention that stays so something that is added to its logits, so that a token mask can be added there: zeros, or
+/// what the node has, as numbers of the full size. Says whether anything changed.
+pub fn open_masks<'a>(graph: &mut Graph, facts: &Facts, fused: impl Iterator<Item = &'a FusedKeys>) -> bool {
+    let mut changed = false;
+    for f in fused {
+        let size = |(v, axis): (ValueId, usize)| facts.shape(v).and_then(|s| s.get(axis)).and_then(Dim::size);
+        let (Some(queries), Some(keys)) = (size(f.queries), size(f.keys)) else { continue };
+        let dtype = facts.get(f.queries.0).dtype.unwrap_or(DType::F32);
+        let given = graph.node(f.node).input(f.bias);
+        let is_whole = |v: ValueId| facts.shape(v).and_then(<[_]>::last).is_some_and(|d| d.size() == Some(keys));
+        let is_bool = |v: ValueId| facts.get(v).dtype == Some(DType::Bool);
+        if given.is_some_and(|v| is_whole(v) && !is_bool(v)) {
+            continue;
+        }
+        let mut b = Builder::new(graph, "apart.");
+        let shape = b.ints(&[1, 1, queries as i64, keys as i64]);
+        // Computed, so that it is nobody's weight.
+        let zero = Tensor::new(dtype, vec![1], Default::default()).with_f32s(&[0.0]);
+        let zeros = b.op("ConstantOfShape", &[shape], vec![attr("value", AttrValue::Tensor(zero))]);
+        let bias = match given {
+            None => zeros,
+            Some(v) if is_bool(v) => {
+                let hidden = b.scalar(dtype, if dtype == DType::F16 { -3e4 } else { -1e30 });
+                b.op("Where", &[v, zeros, hidden], vec![])
+            }
+            Some(v) => b.add(v, zeros),
+        };
+        graph.set_input(Use { node: f.node, slot: f.bias }, Some(bias));
+        changed = true;
+    }
+    graph.sort();
+    changed
+}
+
+/// `model` with the constants that `after` has where `before`, its written-out form, has those of the model.
+///
+/// Errors: a constant that the model reads in one place would have to be two.
+pub fn put_back(model: &Graph, apart: &Apart, before: &Graph, after: &Graph) -> Result<Graph, String> {
+    let mut out = model.clone();
+    let constants: Vec<ValueId> = model.values().map(|(v, _)| v).filter(|v| model.is_constant(*v)).collect();
+    for v in constants {
+        let reads = reads_of(model, apart, before, after, v)?;
+        let mut made: Vec<ValueId> = Vec::new();
+        for now in reads.values().filter(|now| **now != v) {
+            if !made.contains(now) {
+                made.push(*now);
+            }
+        }
+        let all = reads.len() == model.value(v).users().len() && !model.outputs().contains(&v);
+        if let ([now], true) = (&made[..], all && reads.values().all(|now| *now != v)) {
+            set_changed(&mut out, v, after.constant(*now));
+            continue;
+        }
+        set_changed(&mut out, v, after.constant(v).filter(|_| reads.values().any(|now| *now == v)));
+        for now in made {
+            let Some(tensor) = after.constant(now) else { return Err("a constant is computed".to_string()) };
+            let copy = out.add_initializer(model.value(v).name(), tensor);
+            for (at, _) in reads.iter().filter(|(_, x)| **x == now) {
+                out.set_input(*at, Some(copy));
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn set_changed(graph: &mut Graph, v: ValueId, tensor: Option<Tensor>) {
+    if let Some(tensor) = tensor
+        && graph.constant(v).is_none_or(|old| old.bytes != tensor.bytes)
+    {
+        graph.set_constant(v, tensor);
+    }
+}
+
+/// The constant of `after` that each reader of a constant of the model reads, those with the content of `v` being `v`.
+fn reads_of(model: &Graph, apart: &Apart, before: &Graph, after: &Graph, v: ValueId) -> Result<BTreeMap<Use, ValueId>, String> {
+    let copies = apart.copies.iter().filter(|(_, source)| **source == v).map(|(copy, _)| *copy);
+    let mut reads: BTreeMap<Use, ValueId> = BTreeMap::new();
+    for source in std::iter::once(v).chain(copies) {
+        for at in before.value(source).users() {
+            let Some(mut now) = after.node(at.node).input(at.slot) else { continue };
+            if now != v && after.constant(now).map(|t| t.bytes) == model.constant(v).map(|t| t.bytes) {
+                now = v;
+            }
+            let node = apart.origin.get(&at.node).copied().unwrap_or(at.node);
+            let slots = (0..model.node(node).inputs().len()).filter(|slot| model.node(node).input(*slot) == Some(v));
+            for at in slots.map(|slot| Use { node, slot }) {
+                if reads.insert(at, now).is_some_and(|other| other != now) {
+                    return Err(format!("'{}' would be two constants in {}", model.value(v).name(), model.label(node)));
+                }
+            }
+        }
+    }
+    Ok(reads)
 }
 
 /// A fused node and the builder of what replaces it.
@@ -41,9 +161,20 @@ pub(super) struct Fused<'a> {
     pub(super) b: Builder<'a>,
     pub(super) facts: &'a Facts,
     pub(super) node: Node,
+    copies: &'a mut BTreeMap<ValueId, ValueId>,
 }
 
 impl Fused<'_> {
+    /// The constant at an input as this node's own, so that it is not tied to other readers by what is picked from it.
+    pub(super) fn own(&mut self, value: ValueId) -> ValueId {
+        let graph = &mut self.b.graph;
+        let Some(tensor) = graph.constant(value).filter(|_| graph.value(value).users().len() > 1) else { return value };
+        let name = graph.value(value).name().to_string();
+        let copy = graph.add_initializer(&name, tensor);
+        self.copies.insert(copy, value);
+        copy
+    }
+
     pub(super) fn input(&self, slot: usize) -> Option<ValueId> {
         self.node.input(slot)
     }
@@ -85,13 +216,12 @@ impl Fused<'_> {
 }
 
 /// Replaces one fused node; `None` where it is none, or is used in a way that is not written here.
-fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId) -> Option<()> {
+fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId, copies: &mut BTreeMap<ValueId, ValueId>) -> Option<()> {
     let node = graph.node(id).clone();
-    let fused_norm = node.op() == "SimplifiedLayerNormalization" || node.op() == "SkipSimplifiedLayerNormalization";
-    if node.domain() != "com.microsoft" && !fused_norm {
+    if !is_fused(&node) {
         return None;
     }
-    let mut f = Fused { b: Builder::new(graph, "apart."), facts, node: node.clone() };
+    let mut f = Fused { b: Builder::new(graph, "apart."), facts, node: node.clone(), copies };
     let outputs = match node.op() {
         "Gelu" => vec![Some(gelu(&mut f, node.input(0)?))],
         "BiasGelu" => {
@@ -112,11 +242,13 @@ fn write_out(graph: &mut Graph, facts: &Facts, id: NodeId) -> Option<()> {
             vec![Some(rms_norm(&mut f, x, scale))]
         }
         "EmbedLayerNormalization" => embed_norm(&mut f)?,
-        "FusedMatMul" => vec![Some(fused_matmul(&mut f)?)],
+        "FusedMatMul" | "TransposeMatMul" => vec![Some(fused_matmul(&mut f)?)],
         "FusedGemm" => vec![Some(fused_gemm(&mut f)?)],
         "FusedConv" => vec![Some(fused_conv(&mut f)?)],
         "Attention" => vec![Some(attention::attention(&mut f)?)],
         "MultiHeadAttention" => vec![Some(attention::multi_head(&mut f)?)],
+        "GroupQueryAttention" => vec![Some(attention::grouped_query(&mut f)?)],
+        "RotaryEmbedding" => vec![Some(attention::rotary_embedding(&mut f)?)],
         _ => return None,
     };
     replace(graph, id, &outputs);
@@ -250,15 +382,10 @@ fn embed_norm(f: &mut Fused<'_>) -> Option<Vec<Option<ValueId>>> {
 
 /// `alpha * op(A) x op(B)`
 fn fused_matmul(f: &mut Fused<'_>) -> Option<ValueId> {
-    if f.int("transBatchA", 0) != 0 || f.int("transBatchB", 0) != 0 {
-        return None;
-    }
     let mut sides = [f.input(0)?, f.input(1)?];
-    for (side, name) in sides.iter_mut().zip(["transA", "transB"]) {
-        if f.int(name, 0) != 0 {
-            let rank = f.rank(*side).filter(|r| *r >= 2)?;
-            let mut perm: Vec<usize> = (0..rank).collect();
-            perm.swap(rank - 2, rank - 1);
+    for (side, letter) in sides.iter_mut().zip(['A', 'B']) {
+        let perm = matmul::order(&f.node, f.rank(*side)?, letter);
+        if perm.windows(2).any(|w| w[0] > w[1]) {
             *side = f.b.transpose(*side, &perm);
         }
     }
@@ -305,4 +432,59 @@ fn activation(f: &mut Fused<'_>, y: ValueId, alpha: Option<f32>, beta: Option<f3
         }
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{Declared, DeclaredDim, NewNode};
+    use bytes::Bytes;
+
+    /// Two attentions over x [b, 3, 4], whose biases are one constant.
+    fn two_layers() -> Graph {
+        let mut g = Graph::new(8, vec![(String::new(), 17), ("com.microsoft".into(), 1)], Bytes::new());
+        let dims = [DeclaredDim::Symbol("b".into()), DeclaredDim::Size(3), DeclaredDim::Size(4)];
+        let mut x = g.add_value("x");
+        g.add_input(x, Declared { dtype: Some(DType::F32), dims: Some(dims.to_vec()), extra: Bytes::new() });
+        let bias = g.add_initializer("bias", Tensor::f32(&[12], &[0.0; 12]));
+        for layer in 0..2 {
+            let y = g.add_value(&format!("y{layer}"));
+            g.add_node(NewNode {
+                op: "MultiHeadAttention".into(),
+                domain: "com.microsoft".into(),
+                inputs: [x, x, x, bias].map(Some).to_vec(),
+                outputs: vec![Some(y)],
+                attrs: vec![attr("num_heads", AttrValue::Int(2))],
+                ..NewNode::default()
+            });
+            x = y;
+        }
+        g.add_output(x, Declared { dtype: None, dims: None, extra: Bytes::new() });
+        g
+    }
+
+    fn biases(g: &Graph) -> Vec<f32> {
+        let bias = |id: &NodeId| g.constant(g.node(*id).input(3)?)?.to_f32s()?.first().copied();
+        g.order().iter().filter_map(bias).collect()
+    }
+
+    #[test]
+    fn constants_of_the_written_out_form_go_back_to_their_nodes() {
+        let model = two_layers();
+        let mut before = model.clone();
+        let apart = run(&mut before).expect("the graph is sound");
+        assert_eq!(apart.labels.len(), 2);
+        assert!(before.nodes().all(|(_, n)| n.domain().is_empty()));
+        let same = put_back(&model, &apart, &before, &before).expect("nothing changed");
+        assert_eq!((biases(&same), same.value_count()), (vec![0.0, 0.0], model.value_count()));
+        // Each layer was given a constant of its own, which trains apart.
+        let mut after = before.clone();
+        let own = *apart.copies.keys().next().expect("the first layer has a copy");
+        after.set_constant(own, Tensor::f32(&[12], &[1.0; 12]));
+        let trained = put_back(&model, &apart, &before, &after).expect("one use each");
+        assert_eq!(biases(&trained), [1.0, 0.0]);
+        let shared = after.find("bias").expect("the second layer reads it");
+        after.set_constant(shared, Tensor::f32(&[12], &[2.0; 12]));
+        assert_eq!(biases(&put_back(&model, &apart, &before, &after).expect("one use each")), [1.0, 2.0]);
+    }
 }

@@ -4,9 +4,10 @@ use super::gate::{GateGroup, GateSite};
 use super::token::{TokenGate, TokenSite};
 use crate::anatomy::{self, Anatomy, Kind, Stretch};
 use crate::graph::{Graph, NodeId, Use};
+use crate::infer::Facts;
 
 /// Gates of all groups of an anatomy; tokens that always stay, and positions that hold none, are not gated.
-pub fn gates_of(graph: &Graph, anatomy: &Anatomy) -> (Vec<GateGroup>, Vec<TokenGate>) {
+pub fn gates_of(graph: &Graph, facts: &Facts, anatomy: &Anatomy) -> (Vec<GateGroup>, Vec<TokenGate>) {
     let (mut groups, mut tokens) = (Vec::new(), Vec::new());
     for group in &anatomy.groups {
         let (id, units) = (group.id.clone(), group.units());
@@ -14,7 +15,7 @@ pub fn gates_of(graph: &Graph, anatomy: &Anatomy) -> (Vec<GateGroup>, Vec<TokenG
             let sites = group.sites.iter().map(gate_site).collect();
             groups.push(GateGroup { id, kind: group.kind.as_str().to_string(), units, sites });
         } else if let Some(site) = anatomy.tokens.sites.iter().find(|s| s.layer == group.layer) {
-            tokens.push(TokenGate { id, units, sites: token_sites(graph, anatomy, site) });
+            tokens.push(TokenGate { id, units, sites: token_sites(graph, facts, anatomy, site) });
         }
     }
     (groups, tokens)
@@ -25,10 +26,10 @@ fn gate_site(site: &anatomy::Site) -> GateSite {
     GateSite { value_use: site.at, axes: site.axes.clone(), index }
 }
 
-fn token_sites(graph: &Graph, anatomy: &Anatomy, site: &anatomy::TokenSite) -> Vec<TokenSite> {
+fn token_sites(graph: &Graph, facts: &Facts, anatomy: &Anatomy, site: &anatomy::TokenSite) -> Vec<TokenSite> {
     let input = |node: NodeId| graph.node(node).input(0);
+    let gated = |t: &usize| if *t == anatomy::FIXED || site.pinned.contains(t) { None } else { u32::try_from(*t).ok() };
     let index = |stretch: &Stretch, (node, axis): &(NodeId, usize)| -> Option<Vec<Option<u32>>> {
-        let gated = |t: &usize| if *t == anatomy::FIXED || site.pinned.contains(t) { None } else { u32::try_from(*t).ok() };
         Some(stretch.reach.get(&(input(*node)?, *axis))?.iter().map(gated).collect())
     };
     let behind = || anatomy.tokens.behind(site);
@@ -40,5 +41,10 @@ fn token_sites(graph: &Graph, anatomy: &Anatomy, site: &anatomy::TokenSite) -> V
         let index = index(stretch, at)?;
         Some(TokenSite::Mean { node: at.0, axis: at.1, index })
     });
-    keys.chain(means).collect()
+    let fused = behind().flat_map(|s| s.fused.iter().map(move |f| (s, f))).filter_map(|(stretch, f)| {
+        let rank = graph.node(f.node).input(f.bias).and_then(|v| facts.shape(v)).map_or(1, <[_]>::len);
+        let index = stretch.reach.get(&f.keys)?.iter().map(gated).collect();
+        Some(TokenSite::Keys { at: Use { node: f.node, slot: f.bias }, axis: rank.saturating_sub(1), index })
+    });
+    keys.chain(means).chain(fused).collect()
 }

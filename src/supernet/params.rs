@@ -194,7 +194,7 @@ fn rearranged(graph: &Graph, node: NodeId, slot: usize, depth: usize) -> Option<
 
 fn costs(graph: &Graph, node: NodeId) -> bool {
     let n = graph.node(node);
-    ops::lookup(n.domain(), n.op()).is_some_and(|r| matches!(r.cost, Cost::Rule(_)))
+    ops::rule_of(graph, n).is_some_and(|r| matches!(r.cost, Cost::Rule(_)))
 }
 
 /// Whether the constant is a factor of a matrix product or convolution: the first two inputs of an operator that has a cost.

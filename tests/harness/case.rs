@@ -17,7 +17,11 @@ pub(crate) struct Case {
     /// Name, content, and whether it is a constant; `None` where the input is left out.
     pub(crate) inputs: Vec<Option<Input>>,
     output_count: usize,
+    /// Of the outputs, how many are the graph's; the others are unread.
+    shown: usize,
     checks: Vec<String>,
+    /// Shapes of the outputs, where the operator has no kernel that could be run.
+    pub(crate) shapes: Option<Vec<Vec<usize>>>,
 }
 
 /// One input of a case.
@@ -43,6 +47,7 @@ impl Case {
         let inputs = inputs.iter().map(|i| if i.is_null() { Ok(None) } else { input(i, &mut random).map(Some) });
         let attrs = json["attrs"].as_object().into_iter().flatten().map(|(k, v)| Ok((k.clone(), attribute(v)?)));
         let checks = json["check"].as_array().into_iter().flatten().filter_map(|c| c.as_str().map(str::to_string));
+        let output_count = json["outputs"].as_u64().unwrap_or(1) as usize;
         Ok(Self {
             label: format!("{file}[{number}] {}", text("op")),
             op: text("op"),
@@ -50,7 +55,9 @@ impl Case {
             opset: json["opset"].as_i64().ok_or("no opset")?,
             attrs: attrs.collect::<Result<_, String>>()?,
             inputs: inputs.collect::<Result<_, String>>()?,
-            output_count: json["outputs"].as_u64().unwrap_or(1) as usize,
+            output_count,
+            shown: json["shown"].as_u64().map_or(output_count, |n| n as usize),
+            shapes: json["shapes"].as_array().map(|list| list.iter().map(sizes).collect()),
             checks: checks.collect(),
         })
     }
@@ -82,7 +89,7 @@ impl Case {
             attrs: self.attrs.iter().map(|(name, value)| attr(name, value.clone())).collect(),
             ..NewNode::default()
         });
-        for y in outputs {
+        for y in outputs.into_iter().take(self.shown) {
             let nothing = vitrim::graph::Declared { dtype: None, dims: None, extra: Default::default() };
             graph.add_output(y, nothing);
         }

@@ -29,11 +29,19 @@ pub(super) const RULE: OpRule = OpRule {
 };
 
 /// Heads, their width, and how much of it is rotated.
-struct Layout {
-    heads: Dim,
-    width: usize,
-    rotated: usize,
-    interleaved: bool,
+pub(crate) struct Layout {
+    pub(crate) heads: Dim,
+    pub(crate) width: usize,
+    pub(crate) rotated: usize,
+    pub(crate) interleaved: bool,
+}
+
+/// Where the tables are, and the positions at which they are looked up.
+#[derive(Clone, Copy)]
+pub(crate) struct Tables {
+    pub(crate) cos: Slot,
+    pub(crate) sin: Slot,
+    pub(crate) positions: Slot,
 }
 
 fn layout(node: &Node, x: &[Dim]) -> Result<Layout, String> {
@@ -55,7 +63,7 @@ fn layout(node: &Node, x: &[Dim]) -> Result<Layout, String> {
     Ok(Layout { heads, width, rotated, interleaved: node.attr_int("interleaved").unwrap_or(0) != 0 })
 }
 
-fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
+pub(crate) fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
     let shape = cx.shape(0).map(<[_]>::to_vec);
     if shape.as_ref().is_some_and(|s| s.len() != 3 && s.len() != 4) {
         return Err(cx.error("an input of another rank than 3 or 4"));
@@ -65,13 +73,18 @@ fn rotary_infer(cx: &InferCx<'_>) -> Result<Vec<Fact>, InferError> {
 
 /// `b h n (a|b|rest), b n a, b n a -> b h n (a|b|rest)`, the rotated halves `a` and `b` being cut together.
 fn rotary_axes(cx: &AxesCx<'_>) -> Relations {
+    let tables = Tables { cos: Slot::In(1), sin: Slot::In(2), positions: Slot::In(3) };
+    rotation(cx, layout(cx.node, cx.shape(Slot::In(0))), tables)
+}
+
+/// The relations of a rotation of input 0 with this layout.
+pub(crate) fn rotation(cx: &AxesCx<'_>, found: Result<Layout, String>, tables: Tables) -> Relations {
     let mut relations = Relations::default();
     let (x, y) = (cx.shape(Slot::In(0)), Slot::Out(0));
     let tokens = token_axis(x);
     let r = &mut relations;
     r.same((Slot::In(0), 0), (y, 0));
     r.same((Slot::In(0), tokens), (y, tokens));
-    let found = layout(cx.node, x);
     let Ok(l) = found else {
         for axis in (1..x.len()).filter(|a| *a != tokens) {
             r.barrier((Slot::In(0), axis), "a rotation of unknown width");
@@ -89,12 +102,12 @@ fn rotary_axes(cx: &AxesCx<'_>) -> Relations {
         r.select(x_width, (rest, 1), (l.rotated..l.width).collect(), 0);
         r.select((rest, 1), y_width, (0..l.width - l.rotated).collect(), l.rotated);
     }
-    for slot in [Slot::In(1), Slot::In(2)] {
+    for slot in [tables.cos, tables.sin] {
         table_axes(cx, r, slot, pair, &l);
     }
-    if let [batch, n] = cx.shape(Slot::In(3)) {
-        relate(r, ((Slot::In(3), 0), batch), &[(y, 0)], &x[0]);
-        relate(r, ((Slot::In(3), 1), n), &[(y, tokens)], &x[tokens]);
+    if let [batch, n] = cx.shape(tables.positions) {
+        relate(r, ((tables.positions, 0), batch), &[(y, 0)], &x[0]);
+        relate(r, ((tables.positions, 1), n), &[(y, tokens)], &x[tokens]);
     }
     relations
 }
@@ -170,7 +183,7 @@ fn table_axes(cx: &AxesCx<'_>, relations: &mut Relations, slot: Slot, pair: At, 
 }
 
 /// Head count and rotated width follow the cut. Heads keep the same positions, so the first that remains speaks for all.
-fn rotary_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
+pub(crate) fn rotary_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
     let before = cx.node().attr_int("num_heads");
     let rotated = cx.node().attr_int("rotary_embedding_dim").unwrap_or(0);
     let Some(left) = remains(cx, 0, before)? else { return Ok(()) };

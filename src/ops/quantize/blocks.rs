@@ -92,7 +92,7 @@ fn run_of_rows(node: &Node, sizes: &Sizes) -> usize {
     if node.attr_int("accuracy_level") == Some(INTEGER_LEVEL) { sizes.block } else { BLOCK_MIN }
 }
 
-/// `.. |k|, (n k) -> .. n`, scales, zero points and bias with the columns.
+/// `.. |k|, |k| n -> .. n`, scales, zero points and bias with the columns.
 fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
     let mut relations = Relations::default();
     let (a, out) = (cx.shape(Slot::In(0)), cx.shape(Slot::Out(0)));
@@ -111,8 +111,9 @@ fn matmul_axes(cx: &AxesCx<'_>) -> Relations {
             relations.same((rows, 0), (Slot::Out(0), last));
         }
     }
-    let weight = relations.constant_virtual(vec![a[last].clone()]);
+    let weight = relations.constant_virtual(vec![a[last].clone(), out[last].clone()]);
     relations.contract((Slot::In(0), last), (weight, 0));
+    relations.same((weight, 1), (Slot::Out(0), last));
     relations.blocks((weight, 0), run_of_rows(cx.node, &sizes), None);
     let reason = format!("K is quantized in blocks of {}, and a removed unit is not zero there", sizes.block);
     relations.vanish((Slot::In(0), last), &reason);
