@@ -83,3 +83,12 @@ pub mod search;
 pub mod slice;
 pub mod supernet;
 pub mod verify;
+
+/// The library under its own name: what is shared with tests that see it from outside.
+#[cfg(test)]
+extern crate self as vitrim;
+
+/// Deliberate faults, and the property test over each: compiled here because only unit tests can replace a record (`ops/faults.rs`).
+#[cfg(test)]
+#[path = "../tests/property/mutation.rs"]
+mod mutation;

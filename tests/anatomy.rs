@@ -258,8 +258,8 @@ fn one_network_of_the_corpus_has_one_anatomy_whoever_exported_it() {
         let like = manifest.iter().find(|e| e["name"] == snapshot.like.as_str()).expect("the model of the snapshot");
         let same = manifest.iter().filter(|e| e["base"] == snapshot.base.as_str() && expected(e) == expected(like));
         for entry in same {
-            let files = entry["files"].as_array().unwrap().iter().filter_map(Json::as_str);
-            let file = folder.join(files.filter(|f| f.ends_with(".onnx")).next_back().unwrap());
+            let mut files = entry["files"].as_array().unwrap().iter().filter_map(Json::as_str);
+            let file = folder.join(files.rfind(|f| f.ends_with(".onnx")).unwrap());
             let (_, anatomy) = analyse(&vitrim::onnx::read(&file).unwrap().graph).unwrap();
             let found = in_words(&anatomy);
             let is_refused = anatomy.refused.iter().any(|r| !matches!(r.kind, Kind::Token | Kind::Channel));

@@ -360,7 +360,8 @@ fn a_change_that_nobody_told_is_seen() {
     let told = run(&["slice", "m.onnx", "--plan", "p.json", "-o", "out.onnx", "--json"]).json();
     let bytes = std::fs::read(sandbox.at("out.onnx")).unwrap();
     let sound = ModelProto::decode(Bytes::from(bytes)).unwrap();
-    let changes: [(&str, fn(&mut ModelProto)); 8] = [
+    type Change = fn(&mut ModelProto);
+    let changes: [(&str, Change); 8] = [
         ("doc string", |m| graph(m).node[0].doc_string = None),
         ("metadata", |m| m.metadata_props.truncate(1)),
         ("opset", |m| m.opset_import[1].version = Some(4)),

@@ -17,8 +17,8 @@ pub use attention::{AttentionLayer, attention_layers};
 pub use group::{Cut, Group, Kind, Site, unit_tags};
 pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
-use crate::axes::{Axes, Class, ClassId};
-use crate::graph::{Graph, Id, NodeId};
+use crate::axes::{Axes, Class, ClassId, depends_on_data};
+use crate::graph::{Graph, Id, NodeId, ValueId};
 use crate::infer::Facts;
 use crate::ops;
 use std::collections::{BTreeMap, BTreeSet};
@@ -68,9 +68,11 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
             }
         }
     }
+    let depends = depends_on_data(graph);
+    let is_matrix = |v: ValueId| !depends[v] && facts.shape(v).is_some_and(|s| s.iter().filter(|d| !d.is(1)).count() > 1);
     taken.extend(attention.iter().flat_map(|a| &a.sharers));
     let mut rest: Vec<(usize, ClassId)> = (0..axes.classes().len())
-        .filter(|c| !taken.contains(c) && between_weights(&axes, &axes.classes()[*c]))
+        .filter(|c| !taken.contains(c) && is_hidden(graph, &axes, &axes.classes()[*c], &is_matrix))
         .map(|c| (axes.classes()[c].sinks.iter().map(|s| place[s.node.index()]).min().unwrap_or(0), c))
         .collect();
     rest.sort_unstable();
@@ -133,6 +135,32 @@ fn places(graph: &Graph) -> Vec<usize> {
 /// Starts in a weight and ends in another, and is more than one position.
 fn between_weights(axes: &Axes, class: &Class) -> bool {
     class.size.is_some_and(|s| s > 1) && group::is_born(axes, class) && group::ends_in_weight(axes, class)
+}
+
+/// Between two weights, or between a weight and an operator that is not known with a weight somewhere behind it: of what such an
+/// operator makes not even the shape is known.
+fn is_hidden(graph: &Graph, axes: &Axes, class: &Class, is_matrix: &dyn Fn(ValueId) -> bool) -> bool {
+    let is_unknown = |node: NodeId| ops::lookup(graph.node(node).domain(), graph.node(node).op()).is_none();
+    let ends_unknown =
+        || class.barriers.iter().filter_map(|b| b.node).any(|n| is_unknown(n) && leads_to_weight(graph, n, is_matrix));
+    between_weights(axes, class) || class.size.is_some_and(|s| s > 1) && group::is_born(axes, class) && ends_unknown()
+}
+
+/// Whether a node behind this one reads a constant matrix.
+fn leads_to_weight(graph: &Graph, node: NodeId, is_matrix: &dyn Fn(ValueId) -> bool) -> bool {
+    let (mut seen, mut stack) = (BTreeSet::from([node]), vec![node]);
+    while let Some(id) = stack.pop() {
+        let outputs = graph.node(id).outputs().iter().flatten();
+        for reader in outputs.flat_map(|v| graph.value(*v).users()).map(|u| u.node) {
+            if graph.node(reader).inputs().iter().flatten().any(|v| is_matrix(*v)) {
+                return true;
+            }
+            if seen.insert(reader) {
+                stack.push(reader);
+            }
+        }
+    }
+    false
 }
 
 /// `None`: the class can be cut. `Some(None)`: it cannot, and nobody would expect it to. `Some(Some)`: a refusal to show.

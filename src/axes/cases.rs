@@ -1,6 +1,6 @@
 //! What the axes of every carrier are made of, case by case: the classes, and where each of them occurs.
 
-use super::collect::{AxisOf, Barrier, CarrierId, SinkSite};
+use super::collect::{AxisOf, Barrier, CarrierId, Collected, Relation, SinkSite};
 use super::merge;
 use crate::graph::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -148,6 +148,30 @@ impl Unified {
             }
         }
         unified
+    }
+
+    /// Puts a barrier on classes that stand twice on one axis (`E x E`, the product of a value with itself laid flat): no position there
+    /// belongs to one unit.
+    pub(super) fn bar_repeated(&mut self, all: &Collected) {
+        let meets = |carrier: CarrierId, relation: &Relation| match relation {
+            Relation::Product(a, b) => a.iter().chain(b).any(|at| at.0 == carrier),
+            Relation::Select { from, to, .. } => from.0 == carrier || to.0 == carrier,
+        };
+        for carrier in 0..self.cases.len() {
+            let mut twice: BTreeSet<(ClassId, usize)> = BTreeSet::new();
+            for (axis, part) in self.cases[carrier].iter().flat_map(|parts| parts.iter().enumerate()) {
+                let mut on: Vec<ClassId> = part.classes.iter().map(|(c, _)| *c).collect();
+                on.sort_unstable();
+                twice.extend(on.windows(2).filter(|w| w[0] == w[1]).map(|w| (w[0], axis)));
+            }
+            for (class, axis) in twice {
+                let node = all.relations.iter().find(|(_, r)| meets(carrier, r)).map(|(ends, _)| ends.node);
+                let barrier = Barrier { node, axis, reason: "stands twice on this axis".to_string() };
+                if !self.classes[class].barriers.contains(&barrier) {
+                    self.classes[class].barriers.push(barrier);
+                }
+            }
+        }
     }
 
     /// Classes that occur on an axis, in any case.

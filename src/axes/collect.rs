@@ -46,6 +46,25 @@ pub(super) enum Relation {
     Select { from: AxisOf, to: AxisOf, index: Vec<usize>, at: usize },
 }
 
+/// The two slots of a node that a relation is between, in order. A value may enter a node twice, and each entry has its own relations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ends {
+    pub(super) node: NodeId,
+    first: Slot,
+    second: Slot,
+}
+
+impl Ends {
+    fn new(node: NodeId, a: Slot, b: Slot) -> Self {
+        Self { node, first: a.min(b), second: a.max(b) }
+    }
+
+    /// The slots.
+    pub(super) fn slots(self) -> [Slot; 2] {
+        [self.first, self.second]
+    }
+}
+
 /// Where a factor is summed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SinkSite {
@@ -71,7 +90,7 @@ pub struct Barrier {
 /// Everything the operators say.
 pub(super) struct Collected {
     pub(super) carriers: Vec<Carrier>,
-    pub(super) relations: Vec<(NodeId, Relation)>,
+    pub(super) relations: Vec<(Ends, Relation)>,
     pub(super) barriers: Vec<(AxisOf, Barrier)>,
     pub(super) sinks: Vec<(AxisOf, SinkSite)>,
     /// Axes that are stored in blocks.
@@ -224,10 +243,8 @@ impl Collected {
         let node = graph.node(id);
         // A weight is one weight for all its readers, and so are the parts that are sliced from a packed one. Readers that only pass
         // a constant on (an Identity for each layer, where an exporter merged equal biases) tie those behind them if it is a weight.
-        let passed_on =
-            matches!(&relations, Some(Ok(r)) if passes_one(r)) && node.outputs().iter().flatten().any(|v| weights[*v]);
-        let one_for_all =
-            |slot: usize| passed_on || matches!(&relations, Some(Ok(r)) if contracts(r, slot) || takes_parts(r, slot));
+        let is_weight = |slot: usize| node.input(slot).is_some_and(|v| weights[v]);
+        let one_for_all = |slot: usize| is_weight(slot) || matches!(&relations, Some(Ok(r)) if takes_parts(r, slot));
         let sums = matches!(&relations, Some(Ok(r)) if r.links.iter().any(|l| match l {
             Link::Contract((Slot::In(slot), axis), _) => {
                 !node.input(*slot).and_then(|v| facts.shape(v)?.get(*axis)).is_some_and(|d| d.is(1))
@@ -309,16 +326,18 @@ impl Collected {
         };
         match link {
             Link::Same(a, b) => {
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (at(a), at(b)) {
                     touched.extend([a, b]);
-                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                    self.relations.push((ends, Relation::Product(vec![a], vec![b])));
                 }
             }
             Link::Contract(a, b) => {
                 let site = SinkSite { node: id, a, b: Some(b) };
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (at(a), at(b)) {
                     touched.extend([a, b]);
-                    self.relations.push((id, Relation::Product(vec![a], vec![b])));
+                    self.relations.push((ends, Relation::Product(vec![a], vec![b])));
                     self.sinks.push((a, site));
                 }
             }
@@ -329,15 +348,17 @@ impl Collected {
                 }
             }
             Link::Regroup(a, b) => {
+                let ends = Ends::new(id, a.0, b.0);
                 if let (Some(a), Some(b)) = (many(&a), many(&b)) {
                     touched.extend(a.iter().chain(&b).copied());
-                    self.relations.push((id, Relation::Product(a, b)));
+                    self.relations.push((ends, Relation::Product(a, b)));
                 }
             }
             Link::Select { from, to, index, at: offset } => {
+                let ends = Ends::new(id, from.0, to.0);
                 if let (Some(from), Some(to)) = (at(from), at(to)) {
                     touched.extend([from, to]);
-                    self.relations.push((id, Relation::Select { from, to, index, at: offset }));
+                    self.relations.push((ends, Relation::Select { from, to, index, at: offset }));
                 }
             }
             Link::Unread(a) => touched.extend(at(a)),

@@ -7,6 +7,7 @@
 //! sums over it), and whose E of v is another, which also is the inner factor of the rows of the output projection.
 //! Invariant: refining is finished before anything is united. What no rule speaks of is a barrier.
 
+mod apart;
 mod blocks;
 mod cases;
 mod collect;
@@ -43,18 +44,18 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let axis_number = |(carrier, axis): AxisOf| first_axis[carrier] + axis;
     let mut refiner = Refiner::new(collected.carriers.iter().flat_map(|c| c.shape.iter().cloned()));
     let mut homes = Vec::new();
-    for (node, relation) in &collected.relations {
+    for (ends, relation) in &collected.relations {
         if let Relation::Product(a, b) = relation {
             refiner.relate(a.iter().map(|x| axis_number(*x)).collect(), b.iter().map(|x| axis_number(*x)).collect());
-            homes.push((*node, a.clone(), b.clone()));
+            homes.push((*ends, a.clone(), b.clone()));
         }
     }
     refiner.run();
     for number in &refiner.broken {
-        let (node, a, b) = &homes[*number];
+        let (ends, a, b) = &homes[*number];
         for axis in a.iter().chain(b) {
             let reason = "is regrouped across its parts".to_string();
-            collected.barriers.push((*axis, Barrier { node: Some(*node), axis: axis.1, reason }));
+            collected.barriers.push((*axis, Barrier { node: Some(ends.node), axis: axis.1, reason }));
         }
     }
     let whole = (0..refiner.relation_count()).filter(|n| refiner.broken.binary_search(n).is_err());
@@ -66,8 +67,9 @@ pub fn classes(graph: &Graph, facts: &Facts) -> Axes {
     let barred: Vec<usize> = collected.barriers.iter().map(|(at, _)| axis_number(*at)).collect();
     let parts = partition::Parts { refiner: &refiner, pairs: &plain, selects: &selects, carriers: &carriers, barred: &barred };
     let partition = partition::partition(&parts, &axis_number);
-    let with_nodes: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
-    let mut unified = unify::unify(&collected, &partition, &with_nodes, &axis_number);
+    let with_ends: Vec<_> = pairs.into_iter().map(|(n, pair)| (homes[n].0, pair)).collect();
+    let mut unified = unify::unify(&collected, &partition, &with_ends, &axis_number);
+    unified.bar_repeated(&collected);
     blocks::apply(&collected, &mut unified);
     vanish::apply(graph, &collected, &mut unified);
     Axes { collected, unified }

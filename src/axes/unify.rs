@@ -4,8 +4,9 @@
 //! fused projection has three, in which `H` and `E` are those of q, of k and of v. Inside a case factors may be products again
 //! (the cell of q in a fused axis of `H*E + 2*KV*E` is `H x E`), so they are refined once more, and then united.
 
+use super::apart::Apart;
 use super::cases::{Case, Part, Together, Unified};
-use super::collect::{AxisOf, Barrier, CarrierId, Collected, Of, Relation};
+use super::collect::{AxisOf, Barrier, CarrierId, Collected, Ends, Of, Relation};
 use super::partition::Partition;
 use super::refine::{FactorPair, Refiner};
 use crate::graph::NodeId;
@@ -55,7 +56,7 @@ impl Union {
     }
 }
 
-/// Relations of one node between two carriers.
+/// Relations between two slots of one node, whose carriers may be the same.
 #[derive(Default)]
 struct Between<'a> {
     equal: Vec<(usize, usize)>,
@@ -65,7 +66,7 @@ struct Between<'a> {
 pub(super) fn unify(
     all: &Collected,
     p: &Partition,
-    product_pairs: &[(NodeId, FactorPair)],
+    product_pairs: &[(Ends, FactorPair)],
     axis_number: &dyn Fn(AxisOf) -> usize,
 ) -> Unified {
     let mut barriers: Vec<(AxisOf, Barrier)> = all.barriers.clone();
@@ -75,8 +76,9 @@ pub(super) fn unify(
     let mut refiner = Refiner::new(slot_sizes.into_iter());
     let mut relation_homes: Vec<(AxisOf, AxisOf, Option<NodeId>)> = Vec::new();
 
-    // A constant is one tensor: what holds of an axis holds whatever part of its other axes is looked at.
-    for (c, carrier) in all.carriers.iter().enumerate().filter(|(_, k)| k.constant) {
+    // A block is one tensor: what holds of an axis holds whatever part of its other axes is looked at.
+    let blocks = Apart::new(all, p, &factor_home, product_pairs).blocks();
+    for (c, carrier) in all.carriers.iter().enumerate().filter(|(c, _)| blocks[*c]) {
         let k = &cases[c];
         for case in 1..k.count {
             let cells = k.cells(case);
@@ -94,22 +96,22 @@ pub(super) fn unify(
         debug_assert!(carrier.shape.len() < 64);
     }
 
-    let mut between: BTreeMap<(NodeId, CarrierId, CarrierId), Between<'_>> = BTreeMap::new();
-    for (node, ((axis_a, ka), (axis_b, kb))) in product_pairs {
+    let mut between: BTreeMap<(Ends, CarrierId, CarrierId), Between<'_>> = BTreeMap::new();
+    for (ends, ((axis_a, ka), (axis_b, kb))) in product_pairs {
         let (fa, fb) = (p.factors(*axis_a).start + ka, p.factors(*axis_b).start + kb);
         let (a, b) = (factor_home[&fa].0, factor_home[&fb].0);
         let pair = if a <= b { (fa, fb) } else { (fb, fa) };
-        between.entry((*node, a.min(b), a.max(b))).or_default().equal.push(pair);
+        between.entry((*ends, a.min(b), a.max(b))).or_default().equal.push(pair);
     }
-    for (node, relation) in &all.relations {
+    for (ends, relation) in &all.relations {
         if let Relation::Select { from, to, .. } = relation {
-            between.entry((*node, from.0.min(to.0), from.0.max(to.0))).or_default().selects.push(relation);
+            between.entry((*ends, from.0.min(to.0), from.0.max(to.0))).or_default().selects.push(relation);
         }
     }
     let mut together = Together::new();
-    for ((node, a, b), links) in &between {
+    for ((ends, a, b), links) in &between {
         let pairs = relate_cases(
-            *node,
+            ends.node,
             (*a, *b),
             links,
             p,
@@ -121,7 +123,7 @@ pub(super) fn unify(
             &mut barriers,
         );
         if cases[*a].count > 1 || cases[*b].count > 1 {
-            together.insert((*node, *a, *b), pairs);
+            together.entry((ends.node, *a, *b)).or_default().extend(pairs);
         }
     }
     refiner.run();

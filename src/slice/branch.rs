@@ -75,6 +75,10 @@ impl<'a> Brancher<'a> {
             if split.is_none() && !inputs.any(|c| self.ragged.contains(&c)) {
                 continue;
             }
+            if matches!(ops::lookup(node.domain(), node.op()).map(|r| &r.axes), Some(ops::Axes::ShapeOnly)) {
+                self.read_shape_of_part(id)?;
+                continue;
+            }
             for out in node.outputs().iter().flatten() {
                 if !self.is_block(out.index()) {
                     continue;
@@ -98,6 +102,18 @@ impl<'a> Brancher<'a> {
                 self.graph.replace_uses(*out, whole);
                 self.whole.insert(out.index(), whole);
             }
+        }
+        Ok(())
+    }
+
+    /// Lets a node that reads shapes only read that of one part: the sizes in which parts differ are constants by now.
+    fn read_shape_of_part(&mut self, id: NodeId) -> Result<(), RefitError> {
+        for slot in 0..self.original.node(id).inputs().len() {
+            let Some(carrier) = self.carrier(id, slot).filter(|c| !self.is_block(*c)) else { continue };
+            let class = self.split.get(&carrier).copied();
+            let first = Part { cases: Cases::from([0]), heads: class.map(|c| (c, 0)) };
+            let part = self.part(id, slot, carrier, &first)?;
+            self.graph.set_input(Use { node: id, slot }, Some(part));
         }
         Ok(())
     }

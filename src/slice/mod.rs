@@ -197,6 +197,8 @@ fn cut_units(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept) -> Re
         // Of a value that falls apart no size is what it was.
         Some(_) if split.contains_key(&v.index()) => Some(0),
         Some(Stays::Positions(p)) => Some(p.len()),
+        // Of a value that is taken apart one part is asked, which has its sizes nowhere but where they are only known at run time.
+        _ if ragged.contains(&v.index()) => facts.shape(v).and_then(|s| s[axis].known()).map(|_| 0),
         _ => None,
     };
     let new_shape = |v: ValueId| {

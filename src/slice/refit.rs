@@ -1,6 +1,7 @@
 //! What an operator's `refit` rule sees and may do: the node's axes were cut, its attributes and shape constants follow.
 
-use crate::graph::{AttrValue, DType, Graph, Node, NodeId, Tensor, ValueId};
+use super::shapes::gather;
+use crate::graph::{AttrValue, DType, Graph, Node, NodeId, Tensor, Use, ValueId};
 use crate::infer::{Dim, Facts};
 
 /// Why a node could not follow a cut. Reaching this is a fault of the axis rules: the plan should have been refused.
@@ -105,6 +106,14 @@ impl<'a> RefitCx<'a> {
     pub fn patch_ints(&mut self, slot: usize, entries: Vec<(usize, i64)>) {
         if !entries.is_empty() {
             self.patches.push((slot, entries));
+        }
+    }
+
+    /// Lets the node read these positions of an input's axis, counted after the cut, by a Gather before it.
+    pub fn take_input(&mut self, slot: usize, axis: usize, positions: &[usize]) {
+        if let Some(v) = self.graph.node(self.id).input(slot) {
+            let taken = gather(self.graph, v, axis, positions, "cut");
+            self.graph.set_input(Use { node: self.id, slot }, Some(taken));
         }
     }
 

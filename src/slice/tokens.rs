@@ -30,15 +30,14 @@ pub(super) fn kept_tokens<'a>(anatomy: &'a Anatomy, kept: &Kept) -> Vec<(&'a Tok
     out
 }
 
-/// The sites in the graph from which units were cut, by the softmax of their layer. Where a layer has no attention any more, its
+/// The sites in the graph from which units were cut, by the value that is shortened. Where a layer has no attention any more, its
 /// tokens go at the next site.
 pub(super) fn find_again<'a>(
     before: &Anatomy,
     after: &'a Anatomy,
     sites: &[(&TokenSite, BTreeSet<usize>)],
 ) -> Result<Vec<(&'a TokenSite, BTreeSet<usize>)>, CutError> {
-    let softmax = |anatomy: &Anatomy, site: &TokenSite| anatomy.attention.get(site.layer).map(|a| a.softmax);
-    let place = |site: &TokenSite| before.tokens.sites.iter().position(|s| softmax(before, s) == softmax(after, site));
+    let place = |site: &TokenSite| before.tokens.sites.iter().position(|s| s.value == site.value);
     let mut found: Vec<(&TokenSite, BTreeSet<usize>)> = Vec::new();
     for site in &after.tokens.sites {
         let Some(at) = place(site) else { continue };

@@ -296,11 +296,12 @@ fn slice_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
         };
         let wanted = kept_positions(cx, &old, kept_in, kept_out)?;
         let size = kept_in.map_or(input[axis].size().unwrap_or(0), <[_]>::len);
-        let new =
-            bounds(&wanted, size, (start, end, step)).ok_or_else(|| cx.error("the kept positions are no run of equal steps"))?;
-        if new.2 != step && cx.node().input(STEP).is_none() {
-            return Err(cx.error("the kept positions need a step, and the node has none"));
-        }
+        let has_step = cx.node().input(STEP).is_some();
+        let new = bounds(&wanted, size, (start, end, step)).filter(|new| new.2 == step || has_step).unwrap_or_else(|| {
+            // No run of equal steps: a Gather takes them, and the Slice all of that.
+            cx.take_input(0, axis, &wanted);
+            (0, i64::MAX, 1)
+        });
         for ((_, list), (old, new)) in patches.iter_mut().zip([(start, new.0), (end, new.1), (step, new.2)]) {
             if old != new {
                 list.push((i, new));
@@ -522,11 +523,14 @@ mod tests {
         let even = slice(&mut p, x, &[0], &[i64::MAX], &[1], &[2]);
         assert_eq!(p.refit(even, &[(x, 1, &[0, 1, 4, 5]), (even, 1, &[0, 2])]), Ok(vec![]));
         assert_eq!(p.refit(even, &[(x, 1, &[0, 2, 5]), (even, 1, &[0, 1])]), Ok(vec![(2, vec![(0, 2)]), (4, vec![(0, 1)])]));
-        assert!(p.refit(even, &[(x, 1, &[0, 1, 2, 4]), (even, 1, &[0, 1, 2])]).is_err(), "0, 2, 3 is no run");
         assert!(p.refit(even, &[(x, 1, &[1, 3])]).is_err(), "reads what was removed");
         let reverse = slice(&mut p, x, &[-1], &[i64::MIN], &[1], &[-1]);
         assert_eq!(p.refit(reverse, &[(x, 1, &[0, 2]), (reverse, 1, &[5, 7])]), Ok(vec![]));
         assert_eq!(p.refit(reverse, &[(x, 0, &[0])]), Ok(vec![]));
+        // 0, 2, 3 is no run: a Gather takes them, and the Slice all of that.
+        assert_eq!(p.refit(even, &[(x, 1, &[0, 1, 2, 4]), (even, 1, &[0, 1, 2])]), Ok(vec![(4, vec![(0, 1)])]));
+        let taken = p.graph.node(p.producer(even)).input(0).expect("it reads something");
+        assert_eq!(p.graph.node(p.producer(taken)).op(), "Gather");
     }
 
     #[test]
