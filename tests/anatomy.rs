@@ -7,7 +7,7 @@
 mod layers;
 
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -218,7 +218,7 @@ fn one_attention_in_any_spelling_has_one_anatomy() {
 }
 
 /// What one network of the corpus has, whoever exported it.
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Snapshot {
     /// How the manifest names the network.
     base: String,
@@ -243,7 +243,16 @@ fn count(words: &[String]) -> BTreeMap<(String, String), usize> {
     counts
 }
 
+/// The anatomy of a model of the corpus in words, and whether something of an attention or MLP is refused.
+fn found_in(folder: &Path, entry: &Json) -> (Vec<String>, bool) {
+    let mut files = entry["files"].as_array().unwrap().iter().filter_map(Json::as_str);
+    let file = folder.join(files.rfind(|f| f.ends_with(".onnx")).unwrap());
+    let (_, anatomy) = analyse(&vitrim::onnx::read(&file).unwrap().graph).unwrap();
+    (in_words(&anatomy), anatomy.refused.iter().any(|r| !matches!(r.kind, Kind::Token | Kind::Channel)))
+}
+
 /// Where nothing of an attention or MLP is refused the anatomy is that of the snapshot; refusals may only take something away.
+/// With `VITRIM_BLESS` set the snapshots are taken anew, each of the model that it names.
 #[test]
 fn one_network_of_the_corpus_has_one_anatomy_whoever_exported_it() {
     let Some(folder) = std::env::var_os("VITRIM_CORPUS").map(PathBuf::from) else {
@@ -251,18 +260,21 @@ fn one_network_of_the_corpus_has_one_anatomy_whoever_exported_it() {
         return;
     };
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/anatomy.json");
-    let snapshots: Vec<Snapshot> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut snapshots: Vec<Snapshot> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let manifest: Vec<Json> = serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+    if std::env::var_os("VITRIM_BLESS").is_some() {
+        for snapshot in &mut snapshots {
+            let like = manifest.iter().find(|e| e["name"] == snapshot.like.as_str()).expect("the model of the snapshot");
+            snapshot.groups = found_in(&folder, like).0;
+        }
+        std::fs::write(&path, serde_json::to_string_pretty(&snapshots).unwrap() + "\n").unwrap();
+    }
     let (mut whole, mut partial, mut faults) = (0, 0, Vec::new());
     for snapshot in &snapshots {
         let like = manifest.iter().find(|e| e["name"] == snapshot.like.as_str()).expect("the model of the snapshot");
         let same = manifest.iter().filter(|e| e["base"] == snapshot.base.as_str() && expected(e) == expected(like));
         for entry in same {
-            let mut files = entry["files"].as_array().unwrap().iter().filter_map(Json::as_str);
-            let file = folder.join(files.rfind(|f| f.ends_with(".onnx")).unwrap());
-            let (_, anatomy) = analyse(&vitrim::onnx::read(&file).unwrap().graph).unwrap();
-            let found = in_words(&anatomy);
-            let is_refused = anatomy.refused.iter().any(|r| !matches!(r.kind, Kind::Token | Kind::Channel));
+            let (found, is_refused) = found_in(&folder, entry);
             let less = || {
                 let all = count(&snapshot.groups);
                 count(&found).iter().all(|(what, n)| all.get(what).is_some_and(|m| n <= m))
