@@ -65,8 +65,10 @@
 pub mod anatomy;
 pub mod autodiff;
 pub mod axes;
+pub mod basis;
 pub mod bench;
 pub mod cli;
+pub mod compensate;
 pub mod cost;
 pub mod data;
 pub mod eval;

@@ -253,20 +253,25 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         is_inside || (computed && is_hidden_in_constants(graph, axes, group))
     };
     let mut best: Option<Site> = None;
-    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
-        let rank = axes.carriers()[carrier].shape.len();
-        let holds = |axis: &usize| {
-            let on = axes.classes_on((carrier, *axis));
-            on.contains(&group.leaf) || group.nest.iter().chain(&group.sharers).any(|(c, _)| on.contains(c))
-        };
-        let gate_axes: Vec<usize> = (0..rank).filter(holds).collect();
-        let index = site_index(facts, axes, group, carrier, &gate_axes, graph.node(node).input(number)?);
-        let Some(index) = index.filter(|i| i.iter().any(Option::is_some)) else { continue };
-        if best.as_ref().is_none_or(|b| b.index.len() < index.len()) {
-            best = Some(Site { at: Use { node, slot: number }, axes: gate_axes, index });
+    for (number, _) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
+        let Some(site) = site_at(graph, facts, axes, group, Use { node, slot: number }) else { continue };
+        if best.as_ref().is_none_or(|b| b.index.len() < site.index.len()) {
+            best = Some(site);
         }
     }
     best
+}
+
+/// Units of the positions of an operand, where the group has any there: keys, and values, which no gate multiplies.
+pub fn site_at(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, at: Use) -> Option<Site> {
+    let carrier = axes.carrier_at(graph, at.node, Slot::In(at.slot))?;
+    let holds = |axis: &usize| {
+        let on = axes.classes_on((carrier, *axis));
+        on.contains(&group.leaf) || group.nest.iter().chain(&group.sharers).any(|(c, _)| on.contains(c))
+    };
+    let gate_axes: Vec<usize> = (0..axes.carriers()[carrier].shape.len()).filter(holds).collect();
+    let index = site_index(facts, axes, group, carrier, &gate_axes, graph.node(at.node).input(at.slot)?)?;
+    index.iter().any(Option::is_some).then_some(Site { at, axes: gate_axes, index })
 }
 
 /// Whether the group is what lies between two weights of an MLP over constants. Most that is computed from constants is none: object

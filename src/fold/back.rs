@@ -1,7 +1,7 @@
 //! The way of a factor from an operand to constants: into the weight that it meets in the sink, or back to where the operand is made.
 
 use super::factor::Factor;
-use crate::graph::{AttrValue, Graph, Node, Use, ValueId};
+use crate::graph::{AttrValue, Graph, Node, NodeId, Use, ValueId};
 use crate::infer::{Dim, Facts, normalize_axis};
 use std::cell::Cell;
 
@@ -11,16 +11,33 @@ type Found = Vec<(ValueId, Factor)>;
 /// Longest way back.
 const DEEPEST: usize = 64;
 
+/// What a way must commute with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Map {
+    /// Numbers that multiply positions.
+    Scale,
+    /// A matrix over the positions: nothing on the way may treat them differently.
+    Basis,
+}
+
 /// A walk over a graph that stays as it is.
 pub(super) struct Walk<'a> {
     graph: &'a Graph,
     facts: &'a Facts,
+    map: Map,
+    /// Nodes at whose outputs the way ends, instead of at constants.
+    ends: &'a [NodeId],
     depth: Cell<usize>,
 }
 
 impl<'a> Walk<'a> {
     pub(super) fn new(graph: &'a Graph, facts: &'a Facts) -> Self {
-        Self { graph, facts, depth: Cell::new(0) }
+        Self { graph, facts, map: Map::Scale, ends: &[], depth: Cell::new(0) }
+    }
+
+    /// A walk that commutes with a change of basis and may end at nodes.
+    pub(super) fn of_basis(graph: &'a Graph, facts: &'a Facts, ends: &'a [NodeId]) -> Self {
+        Self { graph, facts, map: Map::Basis, ends, depth: Cell::new(0) }
     }
 
     fn shape(&self, v: ValueId) -> Result<&'a [Dim], String> {
@@ -58,11 +75,17 @@ impl<'a> Walk<'a> {
         if self.depth.get() > DEEPEST {
             return Err("the way back is too long".to_string());
         }
+        if self.map == Map::Basis && self.is_zero(v) {
+            return Ok(Vec::new());
+        }
         self.only_reader(v, factor, from)?;
         if self.graph.is_constant(v) {
             return Ok(vec![(v, factor.clone())]);
         }
         let Some((id, output)) = self.graph.value(v).producer() else { return Err("it comes from a graph input".to_string()) };
+        if self.ends.contains(&id) {
+            return Ok(Vec::new());
+        }
         let node = self.graph.node(id);
         let at = |slot: usize| Use { node: id, slot };
         let refused = || self.refuse(at(0));
@@ -100,6 +123,9 @@ impl<'a> Walk<'a> {
                 let mut reason = refused();
                 for slot in slots {
                     let operand = input(slot)?;
+                    if self.map == Map::Basis && !self.is_uniform(input(1 - slot)?, factor) {
+                        continue;
+                    }
                     match self.operand(operand, factor).map(|f| self.back(operand, &f, at(slot))) {
                         Some(Ok(found)) => return Ok(found),
                         Some(Err(r)) => reason = r,
@@ -107,6 +133,10 @@ impl<'a> Walk<'a> {
                     }
                 }
                 Err(reason)
+            }
+            "Expand" => {
+                let before = factor.before_expand(self.shape(x)?).ok_or_else(refused)?;
+                self.back(x, &before, at(0))
             }
             "MatMul" => {
                 let w = input(1)?;
@@ -122,7 +152,7 @@ impl<'a> Walk<'a> {
                 }
                 Ok(found)
             }
-            "Conv" => {
+            "Conv" if self.map == Map::Scale || int(node, "group").is_none_or(|g| g == 1) => {
                 let w = input(1)?;
                 let moved = factor.moved(1, self.shape(w)?.len(), 0).ok_or_else(refused)?;
                 let mut found = self.back(w, &moved, at(1))?;
@@ -131,7 +161,7 @@ impl<'a> Walk<'a> {
                 }
                 Ok(found)
             }
-            "LayerNormalization" => {
+            "LayerNormalization" if self.map == Map::Scale => {
                 let last = factor.dims.len() - 1;
                 let moved = factor.moved(last, 1, 0).ok_or_else(refused)?;
                 let mut found = self.back(input(1)?, &moved, at(1))?;
@@ -147,8 +177,18 @@ impl<'a> Walk<'a> {
     /// The factor of one operand of an elementwise operator; zeros need none.
     fn operand(&self, v: ValueId, factor: &Factor) -> Option<Factor> {
         let shape = self.facts.shape(v)?;
-        let is_zero = || self.graph.constant(v).and_then(|t| t.to_f32s()).is_some_and(|x| x.iter().all(|x| *x == 0.0));
-        factor.trailing(shape).or_else(|| is_zero().then(|| Factor::new(vec![1; shape.len()], vec![1.0])))
+        factor.trailing(shape).or_else(|| self.is_zero(v).then(|| Factor::new(vec![1; shape.len()], vec![1.0])))
+    }
+
+    fn is_zero(&self, v: ValueId) -> bool {
+        self.graph.constant(v).and_then(|t| t.to_f32s()).is_some_and(|x| x.iter().all(|x| *x == 0.0))
+    }
+
+    /// Whether an operand is the same at all positions along which the factor changes.
+    fn is_uniform(&self, v: ValueId, factor: &Factor) -> bool {
+        let Some(shape) = self.facts.shape(v) else { return false };
+        let mut axes = factor.axes();
+        axes.all(|axis| (axis + shape.len()).checked_sub(factor.dims.len()).is_none_or(|a| shape[a].is(1)))
     }
 
     /// Everything else that reads `v` must read only what the factor leaves as it is.

@@ -84,6 +84,32 @@ impl Factor {
         (factor.dims.iter().product::<usize>() == factor.values.len()).then_some(factor)
     }
 
+    /// Of the input of an Expand, where this is of its output; `None` where it changes along an axis that the input does not have or
+    /// repeats.
+    pub(super) fn before_expand(&self, input: &[Dim]) -> Option<Self> {
+        let extra = self.dims.len().checked_sub(input.len())?;
+        let mut before = self.clone();
+        for axis in 0..self.dims.len() {
+            let is_repeated = axis < extra || input[axis - extra].is(1);
+            if is_repeated && self.dims[axis] > 1 {
+                let mut dims = before.dims.clone();
+                dims[axis] = 1;
+                let same = positions(&before.dims).all(|at| {
+                    let mut first = at.clone();
+                    first[axis] = 0;
+                    before.at(&at).to_bits() == before.at(&first).to_bits()
+                });
+                if !same {
+                    return None;
+                }
+                let values = positions(&dims).map(|at| before.at(&at)).collect();
+                before = Self { dims, values };
+            }
+        }
+        let (dims, values) = (before.dims.split_off(extra), before.values);
+        Some(Self { dims, values })
+    }
+
     /// Of the input of an operator that picks positions of an axis of it, where this is of its output; the rest is 1. `size` is the
     /// input's. Where `is_gone`, the output lacks the axis.
     pub(super) fn before_pick(&self, axis: usize, size: usize, picks: &[usize], is_gone: bool) -> Option<Self> {

@@ -7,12 +7,14 @@
 
 mod back;
 mod factor;
+mod source;
 
 use crate::anatomy::{Group, Site};
 use crate::graph::{Graph, ValueId};
 use crate::infer::Facts;
 use back::Walk;
 use factor::Factor;
+pub use source::{Source, basis_sources, commutes_back_to, weight_of_sink};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Why gates do not fit a model.
