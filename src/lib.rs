@@ -55,6 +55,7 @@
 //! - [`eval`]: a model on data: accuracy with its interval, distance from a reference.
 //! - [`search`]: training of gates (and weights) to a run directory; fine-tuning.
 //! - [`score`]: `Scores`: one number per unit, whoever made them.
+//! - [`curves`]: what an edit costs on data: `Curves`, loss against width for each group.
 //! - [`plan`]: anatomy, scores and budget to `Plan`: the units that stay.
 //! - [`slice`](mod@slice): graph and plan to `Sliced`: the smaller graph; and the twin.
 //! - [`verify`]: result against twin in every runtime that can tell, against the model on data: `Verdict`.
@@ -70,6 +71,7 @@ pub mod bench;
 pub mod cli;
 pub mod compensate;
 pub mod cost;
+pub mod curves;
 pub mod data;
 pub mod eval;
 pub mod fold;

@@ -42,6 +42,7 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("search", "graph onnx infer* anatomy* score* supernet autodiff data runtime eval"),
     ("fold", "graph ops infer axes* anatomy* score* plan* slice*"),
     ("compensate", "graph ops onnx infer* axes* anatomy* plan* slice* data runtime"),
+    ("curves", "graph onnx infer* data runtime eval"),
     ("verify", "graph ops onnx infer anatomy* cost* plan* slice* data runtime eval"),
     // The one place that calls stages.
     ("pipeline", "all"),

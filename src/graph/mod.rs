@@ -5,6 +5,7 @@
 pub mod build;
 pub mod check;
 pub mod edit;
+mod extract;
 pub mod id;
 pub mod model;
 pub mod tensor;

@@ -177,7 +177,7 @@ pub fn open_graph(name: RuntimeName, graph: &Graph, options: &SessionOptions) ->
 }
 
 /// The elements of a tensor, where its type is one that is fed.
-fn array_of(tensor: &Tensor) -> Option<Array> {
+pub fn array_of(tensor: &Tensor) -> Option<Array> {
     fn all<const N: usize, T>(bytes: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
         bytes.as_chunks::<N>().0.iter().map(|c| f(*c)).collect()
     }
