@@ -54,6 +54,7 @@
 //! - [`runtime`]: the engines: ONNX Runtime and tract; no other module touches one.
 //! - [`eval`]: a model on data: accuracy with its interval, distance from a reference.
 //! - [`search`]: training of gates (and weights) to a run directory; fine-tuning.
+//! - [`stats`]: second moments of values over images: what weights are refitted by.
 //! - [`score`]: `Scores`: one number per unit, whoever made them.
 //! - [`plan`]: anatomy, scores and budget to `Plan`: the units that stay.
 //! - [`slice`](mod@slice): graph and plan to `Sliced`: the smaller graph; and the twin.
@@ -81,6 +82,7 @@ pub mod runtime;
 pub mod score;
 pub mod search;
 pub mod slice;
+pub mod stats;
 pub mod supernet;
 pub mod verify;
 

@@ -158,7 +158,7 @@ fn class_scores(outputs: Vec<(String, Array)>, wanted: Option<&str>) -> Result<S
 }
 
 /// The batch filled up to `size` with repeats of its first sample.
-fn filled(batch: &Batch, size: usize) -> Vec<(String, Array)> {
+pub(crate) fn filled(batch: &Batch, size: usize) -> Vec<(String, Array)> {
     let missing = size.saturating_sub(batch.count);
     let fill = |array: &Array| {
         let rows = (0..batch.count).chain(std::iter::repeat_n(0, missing)).filter_map(|i| array.row(i));
