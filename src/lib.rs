@@ -54,6 +54,7 @@
 //! - [`runtime`]: the engines: ONNX Runtime and tract; no other module touches one.
 //! - [`eval`]: a model on data: accuracy with its interval, distance from a reference.
 //! - [`search`]: training of gates (and weights) to a run directory; fine-tuning.
+//! - [`stats`]: second moments of values over images: what weights are refitted by.
 //! - [`score`]: `Scores`: one number per unit, whoever made them.
 //! - [`curves`]: what an edit costs on data: `Curves`, loss against width for each group.
 //! - [`plan`]: anatomy, scores and budget to `Plan`: the units that stay.
@@ -85,6 +86,7 @@ pub mod runtime;
 pub mod score;
 pub mod search;
 pub mod slice;
+pub mod stats;
 pub mod supernet;
 pub mod verify;
 

@@ -40,6 +40,7 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("bench", "graph infer* data* runtime"),
     // A step graph is the supernet with state around it; it is built, run and evaluated within one command.
     ("search", "graph onnx infer* anatomy* score* supernet autodiff data runtime eval"),
+    ("stats", "graph onnx infer* data runtime eval"),
     ("fold", "graph ops infer axes* anatomy* score* plan* slice*"),
     ("compensate", "graph ops onnx infer* axes* anatomy* plan* slice* data runtime"),
     ("curves", "graph onnx infer* data runtime eval"),
@@ -89,6 +90,7 @@ const OPERATOR_NAME_EXCEPTIONS: &[(&str, &str)] = &[
 const HASH_MAPS: &[(&str, &str)] = &[
     ("score/mod.rs", "the safetensors writer takes one; a single key has one order"),
     ("search/checkpoint.rs", "the safetensors writer takes one; a single key has one order"),
+    ("stats/file.rs", "the safetensors writer takes one; a single key has one order"),
 ];
 
 /// Files that are longer than they should be: file, reason.

@@ -7,7 +7,9 @@
 //! Invariant: the error on rows that were kept out of the fit is never larger than that of the plain cut, or nothing was changed.
 
 mod consumer;
+mod layer;
 pub mod obs;
 pub mod ridge;
 
 pub use consumer::{Bias, Consumer, ConsumerError, consumers};
+pub use layer::{Layer, Repair};

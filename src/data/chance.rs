@@ -12,6 +12,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 enum Purpose {
     Order = 1,
     Augment = 2,
+    Draw = 3,
 }
 
 /// Light augmentation of training images.
@@ -45,8 +46,19 @@ fn below(generator: &mut ChaCha8Rng, bound: u64) -> u64 {
 
 /// A shuffle of `0..count`.
 pub(crate) fn shuffled(count: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    shuffle(count, generator(seed, epoch, 0, Purpose::Order))
+}
+
+/// `drawn` of the numbers `0..count`, each as likely as any other, in ascending order.
+pub(crate) fn draw(drawn: usize, count: usize, seed: u64) -> Vec<usize> {
+    let mut numbers = shuffle(count, generator(seed, 0, 0, Purpose::Draw));
+    numbers.truncate(drawn);
+    numbers.sort_unstable();
+    numbers
+}
+
+fn shuffle(count: usize, mut generator: ChaCha8Rng) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
-    let mut generator = generator(seed, epoch, 0, Purpose::Order);
     for last in (1..count).rev() {
         let other = below(&mut generator, last as u64 + 1) as usize;
         order.swap(last, other);

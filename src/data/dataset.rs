@@ -158,6 +158,11 @@ impl Dataset {
         Dataset { shared: Arc::clone(&self.shared), picks: Arc::new(picks) }
     }
 
+    /// `count` samples drawn by the seed, in the order of the data; all of them where there are no more.
+    pub fn draw(&self, count: usize, seed: u64) -> Dataset {
+        self.select(&super::chance::draw(count, self.len(), seed))
+    }
+
     /// Two parts, of which the second has `share` of the samples, at least one and at most 2,000: every n-th, which in folders sorted
     /// by class takes from each class. Equal data and shares give equal parts; nothing is held out where `share` is 0.
     ///

@@ -29,5 +29,5 @@ mod write;
 
 pub use error::{Cause, Error, shown, shown_to};
 pub use read::{Limits, Loaded, read, read_bytes, read_with};
-pub use save::{Overwrite, check_output, data_path, save, sha256_of_file, write_file};
+pub use save::{Overwrite, bytes_of_file, check_output, data_path, save, sha256_of_file, write_file, write_file_with};
 pub use write::{to_bytes, to_parts};

@@ -123,11 +123,22 @@ pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Erro
 ///
 /// Errors: as [`check_output`] without inputs; the disk.
 pub fn write_file(path: &Path, bytes: &[u8], overwrite: Overwrite) -> Result<(), Error> {
+    write_file_with(path, overwrite, |w| w.write_all(bytes))
+}
+
+/// As [`write_file`], for what need not be in memory as a whole: `write` puts it out piece by piece.
+///
+/// Errors: as [`write_file`].
+pub fn write_file_with(
+    path: &Path,
+    overwrite: Overwrite,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), Error> {
     let fail = |cause| Error::new(path, cause);
     check_place(path, overwrite).map_err(fail)?;
     let put = || -> io::Result<()> {
         let directory = directory_of(path);
-        let file = temporary(&directory, |w| w.write_all(bytes))?;
+        let file = temporary(&directory, write)?;
         place(file, path, overwrite)?;
         sync_directory(&directory)
     };
@@ -229,19 +240,25 @@ fn sync_directory(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// The sha256 of a file's content, in hexadecimal: what plans and checkpoints say they belong to.
+/// The content of a file; where it is large, its pages are read when they are first looked at.
 ///
 /// Errors: the file cannot be read, or is not a regular one.
-pub fn sha256_of_file(path: &Path) -> Result<String, Error> {
-    let digest = || {
+pub fn bytes_of_file(path: &Path) -> Result<bytes::Bytes, Error> {
+    let content = || {
         let source = Source::open(path)?;
-        let content = match source.len() {
-            0 => bytes::Bytes::new(),
-            _ => source.bytes()?,
-        };
-        Ok(Sha256::digest(&content).iter().map(|b| format!("{b:02x}")).collect())
+        match source.len() {
+            0 => Ok(bytes::Bytes::new()),
+            _ => source.bytes(),
+        }
     };
-    digest().map_err(|cause| Error::new(path, cause))
+    content().map_err(|cause| Error::new(path, cause))
+}
+
+/// The sha256 of a file's content, in hexadecimal: what plans and checkpoints say they belong to.
+///
+/// Errors: as [`bytes_of_file`].
+pub fn sha256_of_file(path: &Path) -> Result<String, Error> {
+    Ok(Sha256::digest(&bytes_of_file(path)?).iter().map(|b| format!("{b:02x}")).collect())
 }
 
 #[cfg(test)]

@@ -144,6 +144,14 @@ pub trait Session: Send {
     /// Errors: [`Error::Name`] or [`Error::Array`] where the feeds do not fit, [`Error::Run`] with the engine's words.
     fn run(&mut self, feeds: &[(String, Array)]) -> Result<Vec<(String, Array)>, Error>;
 
+    /// As [`Session::run`], but gives one output after the other: only one of them is in memory twice.
+    ///
+    /// Errors: as [`Session::run`].
+    fn run_each(&mut self, feeds: &[(String, Array)], take: &mut dyn FnMut(&str, Array)) -> Result<(), Error> {
+        self.run(feeds)?.into_iter().for_each(|(name, array)| take(&name, array));
+        Ok(())
+    }
+
     /// The engine's version, such as "1.24.4".
     fn version(&self) -> String;
 

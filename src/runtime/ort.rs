@@ -180,6 +180,12 @@ impl OrtSession {
 
 impl Session for OrtSession {
     fn run(&mut self, feeds: &[(String, Array)]) -> Result<Vec<(String, Array)>, Error> {
+        let mut outputs = Vec::new();
+        self.run_each(feeds, &mut |name, array| outputs.push((name.to_string(), array)))?;
+        Ok(outputs)
+    }
+
+    fn run_each(&mut self, feeds: &[(String, Array)], take: &mut dyn FnMut(&str, Array)) -> Result<(), Error> {
         let mut inputs: Vec<(&str, SessionInputValue<'_>)> = Vec::with_capacity(feeds.len());
         for (name, array) in feeds {
             if !self.opened.native.inputs().iter().any(|input| input.name() == name) {
@@ -191,7 +197,10 @@ impl Session for OrtSession {
             inputs.push((name, borrowed(name, array)?));
         }
         let outputs = self.opened.native.run(inputs).map_err(|error| run_error(&error))?;
-        outputs.iter().map(|(name, value)| Ok((name.to_string(), to_array(name, &value)?))).collect()
+        outputs.iter().try_for_each(|(name, value)| {
+            take(name, to_array(name, &value)?);
+            Ok(())
+        })
     }
 
     fn version(&self) -> String {
