@@ -1,7 +1,9 @@
 //! The whole tool: one short function per command. Only this file calls stages; each stage knows no other stage's functions.
 
+mod allocate;
 mod apart;
 mod augment;
+mod calibrate;
 mod data;
 mod edit;
 mod error;
@@ -9,7 +11,9 @@ mod proof;
 pub mod slim;
 mod train;
 
+pub use allocate::{CurveTime, Repaired, cut_calibrated};
 pub use augment::{AugmentAsk, augment};
+pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
 use edit::Base;
 pub use edit::{Cut, cut, read_run, record_trained};

@@ -45,7 +45,7 @@ impl<'a> Base<'a> {
     }
 }
 
-fn analysed(model: &Model, graph: Graph) -> Result<Analysed, Error> {
+pub(super) fn analysed(model: &Model, graph: Graph) -> Result<Analysed, Error> {
     let (facts, anatomy) = analyse(&graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
     Ok(Analysed { graph, facts, anatomy })
 }
@@ -144,8 +144,11 @@ fn fold_gates(graph: &mut Graph, trainable: &Trainable<'_>, run: &Run, kept: &Ke
     Ok(warnings)
 }
 
+/// Why a tensor is edited.
+const WHY: [&str; 5] = ["folded", "trained", "rotated", "compensated", "finetuned"];
+
 /// The edited tensors by name; where there are two reasons, both are told.
-fn edited(why: Vec<(String, &'static str)>) -> Vec<Edited> {
+pub(super) fn edited(why: Vec<(String, &'static str)>) -> Vec<Edited> {
     let mut reasons: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
     for (name, reason) in why {
         reasons.entry(name).or_default().insert(reason);
@@ -155,7 +158,7 @@ fn edited(why: Vec<(String, &'static str)>) -> Vec<Edited> {
 }
 
 /// Names of the constants of `new` that hold other elements than in `old`.
-fn changed(old: &Graph, new: &Graph, splits: &[Split], why: &'static str) -> Vec<(String, &'static str)> {
+pub(super) fn changed(old: &Graph, new: &Graph, splits: &[Split], why: &'static str) -> Vec<(String, &'static str)> {
     let source = |name: &str| splits.iter().find(|s| s.copy == name).map_or(name.to_string(), |s| s.initializer.clone());
     let mut names = Vec::new();
     for (v, value) in new.values().filter(|(v, _)| new.is_constant(*v)) {
@@ -173,7 +176,7 @@ pub fn record_trained(plan: &mut Plan, old: &Graph, new: &Graph) -> bool {
         return false;
     }
     let before = plan.edited.drain(..).flat_map(|e| {
-        let words: Vec<&'static str> = ["folded", "trained", "finetuned"].into_iter().filter(|w| e.why.contains(w)).collect();
+        let words: Vec<&'static str> = WHY.into_iter().filter(|w| e.why.contains(w)).collect();
         words.into_iter().map(move |w| (e.initializer.clone(), w)).collect::<Vec<_>>()
     });
     let mut why: Vec<(String, &'static str)> = before.collect();
@@ -183,7 +186,7 @@ pub fn record_trained(plan: &mut Plan, old: &Graph, new: &Graph) -> bool {
 }
 
 /// How constants of `old` were taken apart in `new`: by the outputs of the nodes that read each copy.
-fn splits_between(old: &Graph, new: &Graph) -> Result<Vec<Split>, String> {
+pub(super) fn splits_between(old: &Graph, new: &Graph) -> Result<Vec<Split>, String> {
     let mut splits = Vec::new();
     for (v, value) in new.values().skip(old.value_count()) {
         if value.initializer().is_none() || value.users().is_empty() {

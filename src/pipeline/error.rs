@@ -1,5 +1,6 @@
 //! What can go wrong in a command, with the code and the file that a report names.
 
+use crate::curves::{CurveError, CurvesFileError};
 use crate::data::DataError;
 use crate::eval::EvalError;
 use crate::fold::FoldError;
@@ -10,6 +11,7 @@ use crate::runtime;
 use crate::score::ScoresError;
 use crate::search::SearchError;
 use crate::slice::SliceError;
+use crate::stats::StatsError;
 use crate::supernet::SupernetError;
 use crate::verify;
 use std::path::{Path, PathBuf};
@@ -48,6 +50,25 @@ pub enum Error {
         /// The cause.
         cause: SliceError,
     },
+    /// Images said nothing of the model.
+    #[error("{}{cause}", unless_named(file, cause))]
+    Stats {
+        /// The model.
+        file: PathBuf,
+        /// The cause.
+        cause: Box<StatsError>,
+    },
+    /// The cost of cuts could not be measured.
+    #[error("{}: {cause}", file.display())]
+    Curves {
+        /// The model.
+        file: PathBuf,
+        /// The cause.
+        cause: Box<CurveError>,
+    },
+    /// A file of curves.
+    #[error(transparent)]
+    CurvesFile(#[from] CurvesFileError),
     /// No training graph could be made.
     #[error("{}: {cause}", file.display())]
     Supernet {
@@ -144,6 +165,9 @@ impl Error {
             Error::Fold { file, .. } => (2, "V0502", Some(file)),
             Error::Written { file, .. } => (3, "V0503", Some(file)),
             Error::Supernet { file, .. } => (2, "V0601", Some(file)),
+            Error::Stats { file, .. } => (2, "V0602", Some(file)),
+            Error::Curves { file, .. } => (2, "V0603", Some(file)),
+            Error::CurvesFile(_) => (2, "V0404", None),
             Error::Runtime(_) => (2, "V0701", None),
             Error::Data { file, .. } => (2, "V0801", Some(file)),
             Error::Unsuitable { file, .. } => (2, "V0802", Some(file)),

@@ -1,0 +1,196 @@
+//! What cuts cost: the loss of every group at several widths, measured with the group cut and repaired.
+
+use super::calibrate::{CalibrateAsk, Calibrating, Calibration};
+use super::edit::{Cut, edited, changed, splits_between};
+use super::{Error, Model, analyse, class_output};
+use crate::anatomy::{Group, Kind, unit_tags};
+use crate::compensate::{Layer, Repair};
+use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
+use crate::graph::{Tensor, ValueId};
+use crate::plan::Plan;
+use crate::slice;
+use crate::slice::cutset::Kept;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// How long curves may take, and on how many images.
+#[derive(Clone, Copy, Debug)]
+pub struct CurveTime {
+    /// Unit: seconds, about.
+    pub seconds: f64,
+    /// Images at most.
+    pub images: usize,
+}
+
+/// Shares of a head's dims, or of an MLP's units, at which losses are measured.
+const LEVELS: [f64; 8] = [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625];
+
+/// Widths of a group that are tried, falling: bundles that stay of each head.
+fn levels(group: &Group) -> Vec<usize> {
+    let all = bundles(group);
+    let counts: BTreeSet<usize> = LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1)).filter(|n| *n < all).collect();
+    counts.into_iter().rev().collect()
+}
+
+/// Bundles of one head.
+fn bundles(group: &Group) -> usize {
+    group.bundles().iter().enumerate().filter(|(u, b)| b.first() == Some(u)).count()
+}
+
+/// The units that stay where `count` bundles of each head do: the best by `scores`.
+fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
+    let width = group.stored.len();
+    let together = group.bundles();
+    let mut kept = Vec::new();
+    for head in 0..group.nest_count() {
+        let worth = |b: &[usize]| b.iter().map(|u| f64::from(scores[head * width + u])).sum::<f64>();
+        let mut all: Vec<&Vec<usize>> = together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
+        all.sort_by(|a, b| worth(b).total_cmp(&worth(a)).then(a[0].cmp(&b[0])));
+        kept.extend(all.into_iter().take(count).flatten().map(|u| head * width + u));
+    }
+    kept.sort_unstable();
+    kept
+}
+
+impl Calibration {
+    /// Losses of all groups that a plan may cut, each cut and repaired alone. Read from the folder where it has them.
+    pub fn curves(
+        &self,
+        model: &Model,
+        ask: &CalibrateAsk<'_>,
+        time: &CurveTime,
+        kinds: &BTreeSet<Kind>,
+        tell: &mut dyn FnMut(Calibrating),
+        stop: &AtomicBool,
+    ) -> Result<Curves, Error> {
+        let failed = |cause: CurveError| Error::Curves { file: model.path.clone(), cause: Box::new(cause) };
+        let sha256 = model.sha256()?;
+        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
+        let file = ask.dir.map(|d| d.join(format!("curves-{word}.json")));
+        let groups: Vec<&Group> =
+            self.base.anatomy.groups.iter().filter(|g| kinds.contains(&g.kind) && g.kind != Kind::Token).collect();
+        if let Some(file) = file.as_deref().filter(|f| f.exists()) {
+            let known = Curves::read(file, &sha256)?;
+            if groups.iter().all(|g| known.groups.contains_key(&g.id)) {
+                return Ok(known);
+            }
+        }
+        let output = class_output(model, ask.output)?;
+        let (graph, facts) = (&self.base.graph, &self.base.facts);
+        let loaders = std::thread::available_parallelism().map_or(1, usize::from);
+        let settings = curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
+        let span = curves::Time { sites: groups.len(), trials: LEVELS.len(), seconds: time.seconds, at_most: time.images };
+        let count =
+            curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
+        let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
+        let mut measure =
+            Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
+        let place = |g: &&Group| Some((measure.order(&self.constants(g))?, *g));
+        let mut sites: Vec<(usize, &Group)> = groups.iter().filter_map(place).collect();
+        sites.sort_by_key(|(place, _)| *place);
+        let all: usize = sites.iter().map(|(_, group)| levels(group).len()).sum();
+        let mut found = Curves::empty(How::Measured, measure.images(), &sha256);
+        let mut done = 0;
+        for (_, group) in sites {
+            let constants = self.constants(group);
+            let (widths, trials): (Vec<usize>, Vec<Trial>) = self.trials(group).into_iter().unzip();
+            measure.advance_to(&constants).map_err(failed)?;
+            let mut count = |n: usize, _: usize| tell(Calibrating::Curves(done + n, all));
+            let losses = measure.losses(&constants, &trials, &mut count, stop).map_err(failed)?;
+            done += trials.len();
+            let points = widths.iter().zip(losses).map(|(width, loss)| Point { width: *width, loss: loss.max(0.0) });
+            found.insert(&group.id, group.units(), points.collect()).map_err(|f| Error::unsuitable(&model.path, f.to_string()))?;
+        }
+        if let Some(file) = &file {
+            found.write(file)?;
+        }
+        Ok(found)
+    }
+
+    /// Constants that trials of a group edit.
+    fn constants(&self, group: &Group) -> Vec<ValueId> {
+        let of_group = |l: &&Layer| l.consumer.groups.iter().any(|(id, _)| *id == group.id);
+        let of_layer = |l: &Layer| std::iter::once(l.consumer.weight.constant).chain(l.consumer.bias.map(|b| b.constant));
+        let found: BTreeSet<ValueId> = self.layers.iter().filter(of_group).flat_map(of_layer).collect();
+        if found.is_empty() { self.zeroed(group, &[]).into_keys().collect() } else { found.into_iter().collect() }
+    }
+
+    /// The group cut to each width and repaired, as edits of constants.
+    fn trials(&self, group: &Group) -> Vec<(usize, Trial)> {
+        let scores = &self.scores.groups[&group.id];
+        let mut trials = Vec::new();
+        for count in levels(group) {
+            let units = best(group, scores, count);
+            let kept = Kept::from([(group.id.clone(), units.clone())]);
+            let mut edits: BTreeMap<ValueId, Tensor> = BTreeMap::new();
+            for layer in &self.layers {
+                if let Some((refit, _)) = layer.repair(&kept) {
+                    edits.extend(layer.edits(&self.base.graph, &refit));
+                }
+            }
+            if edits.is_empty() {
+                edits = self.zeroed(group, &units);
+            }
+            trials.push((units.len(), Trial { edits: edits.into_iter().collect() }));
+        }
+        trials
+    }
+
+    /// The weights of a group with the positions of units that go zeroed.
+    fn zeroed(&self, group: &Group, kept: &[usize]) -> BTreeMap<ValueId, Tensor> {
+        let base = &self.base;
+        let width = group.stored.len();
+        let class = group.class_size();
+        let stays: BTreeSet<usize> = kept.iter().map(|u| u / width * class + group.stored[u % width]).collect();
+        let mut edits: BTreeMap<ValueId, Tensor> = BTreeMap::new();
+        for cut in group.cuts.iter().filter(|c| c.reader.is_none()) {
+            let Some(tensor) = edits.remove(&cut.value).or_else(|| base.graph.constant(cut.value)) else { continue };
+            let Some(mut values) = tensor.to_f32s().filter(|_| tensor.dtype.is_float()) else { continue };
+            let size = tensor.dims[cut.axis];
+            let tags = unit_tags(&base.anatomy.axes, group, (crate::graph::Id::index(cut.value), cut.axis), size);
+            let inner: usize = tensor.dims[cut.axis + 1..].iter().product();
+            for (flat, value) in values.iter_mut().enumerate() {
+                if tags[flat / inner % size].is_some_and(|(row, leaf)| !stays.contains(&(row * class + leaf))) {
+                    *value = 0.0;
+                }
+            }
+            edits.insert(cut.value, tensor.with_f32s(&values));
+        }
+        edits
+    }
+}
+
+/// A cut whose layers were repaired.
+pub struct Repaired {
+    /// The cut, its plan completed.
+    pub cut: Cut,
+    /// What was done, layer by layer.
+    pub repairs: Vec<Repair>,
+}
+
+/// Applies a plan to the weights of a calibration, repaired where `is_compensated`.
+pub fn cut_calibrated(
+    model: &Model,
+    plan_path: &Path,
+    plan: &Plan,
+    calibration: &Calibration,
+    is_compensated: bool,
+) -> Result<Repaired, Error> {
+    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
+    let kept = plan.kept();
+    super::edit::check_elements(model, &kept)?;
+    let (graph, repairs) =
+        if is_compensated { calibration.repair(&kept) } else { (calibration.base.graph.clone(), Vec::new()) };
+    let mut plan = Plan { weights: None, ..plan.clone() };
+    plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
+    plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();
+    let mut why = changed(model.graph(), &calibration.base.graph, &plan.split, "rotated");
+    why.extend(changed(&calibration.base.graph, &graph, &[], "compensated"));
+    plan.edited = edited(why);
+    let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };
+    let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
+    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse)
+        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
+    Ok(Repaired { cut: Cut { sliced, plan, warnings: Vec::new() }, repairs })
+}
