@@ -86,8 +86,10 @@ impl Calibration {
         let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
         let mut measure =
             Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
-        let place = |g: &&Group| Some((measure.order(&self.constants(g))?, *g));
-        let mut sites: Vec<(usize, &Group)> = groups.iter().filter_map(place).collect();
+        let mut sites: Vec<(usize, &Group)> = Vec::new();
+        for group in groups {
+            sites.extend(measure.order(&self.constants(group)).map(|place| (place, group)));
+        }
         sites.sort_by_key(|(place, _)| *place);
         let all: usize = sites.iter().map(|(_, group)| levels(group).len()).sum();
         let mut found = Curves::empty(How::Measured, measure.images(), &sha256);
