@@ -144,7 +144,7 @@ fn rows_of(dims: &[usize], values: &[f32], probe: &Probe) -> Vec<(usize, Vec<f64
     for axis in &probe.axes {
         offsets = offsets.iter().flat_map(|o| (0..dims[*axis]).map(move |i| o + i * stride(*axis))).collect();
     }
-    let first = |at: &usize| probe.axes.iter().all(|axis| at / stride(*axis) % dims[*axis] == 0);
+    let first = |at: &usize| probe.axes.iter().all(|axis| (at / stride(*axis)).is_multiple_of(dims[*axis]));
     let centred = |at: usize| -> f64 {
         let Some(axis) = probe.centre else { return f64::from(values[at]) };
         let start = at - at / stride(axis) % dims[axis] * stride(axis);
@@ -192,7 +192,8 @@ fn moments_are_those_of_the_values() {
         let case = Case::built(opset, DeclaredDim::Symbol("batch".into()), 45);
         let stats = case.collect(7, None).unwrap();
         assert_eq!((stats.images, stats.held_images, stats.seed), (45, 5, 7));
-        assert_by_hand(&case, &stats, 1e-6);
+        // Sums of up to 196 rows in float32.
+        assert_by_hand(&case, &stats, 3e-6);
     }
 }
 
@@ -205,7 +206,8 @@ fn a_fixed_batch_counts_every_image_once() {
     let case = Case::built(17, DeclaredDim::Size(16), 45);
     let stats = case.collect(64, None).unwrap();
     assert_eq!((stats.images, stats.held_images), (45, 5));
-    assert_by_hand(&case, &stats, 5e-6);
+    // The surplus images are taken off again, but their rounding stays.
+    assert_by_hand(&case, &stats, 2e-5);
 }
 
 #[test]
@@ -213,7 +215,7 @@ fn the_batch_does_not_matter() {
     if !has_ort() {
         return;
     }
-    let case = Case::digits(100);
+    let case = Case::digits(80);
     let one = case.collect(1, None).unwrap();
     assert_by_hand(&case, &one, 1e-6);
     for batch in [7, 64] {
@@ -350,4 +352,18 @@ fn a_stop_is_obeyed() {
     };
     assert!(matches!(collect(&job, &mut see, &stop), Err(StatsError::Interrupted)));
     assert_eq!(runs, 1);
+}
+
+/// Prints how long a pass over 1,024 digits takes: `cargo test --test stats timing -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, not a test"]
+fn timing() {
+    if !has_ort() {
+        return;
+    }
+    let case = Case::digits(1024);
+    let start = std::time::Instant::now();
+    let stats = case.collect(64, None).unwrap();
+    println!("{} images in {:.2} s", stats.images, start.elapsed().as_secs_f64());
+    assert_eq!(stats.held_images, 128);
 }
