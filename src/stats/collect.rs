@@ -89,9 +89,8 @@ pub fn collect(job: &Job<'_>, progress: &mut dyn FnMut(Progress), stop: &AtomicB
         return Err(too_few(fit_images + held_images, held_images));
     }
     let parts = pass.taps.into_iter().zip(pass.shifts).zip(fit_sums.into_iter().zip(held_sums));
-    let gathered = parts.map(|((tap, shift), (fit, held))| {
-        (tap.probe, Gathered { fit: fit.moments(&shift), held: held.moments(&shift) })
-    });
+    let gathered =
+        parts.map(|((tap, shift), (fit, held))| (tap.probe, Gathered { fit: fit.moments(&shift), held: held.moments(&shift) }));
     Ok(Stats {
         probes: gathered.collect(),
         images: fit_images + held_images,
@@ -187,9 +186,10 @@ impl Pass {
     /// Adds the sums of the runs of `count` images; only the sums of rows where `only_means`.
     fn add(&mut self, runs: &[Run], count: u64, into: &mut [Sums], only_means: bool) -> Result<(), StatsError> {
         for (number, run) in runs.iter().enumerate() {
-            let shifts = self.taps.iter().zip(&self.shifts).map(|(tap, shift)| {
-                (tap.shift.clone(), Array { dims: vec![tap.features], data: ArrayData::F32(shift.clone()) })
-            });
+            let shifts =
+                self.taps.iter().zip(&self.shifts).map(|(tap, shift)| {
+                    (tap.shift.clone(), Array { dims: vec![tap.features], data: ArrayData::F32(shift.clone()) })
+                });
             let feeds: Vec<(String, Array)> = run.inputs.iter().cloned().chain(shifts).collect();
             let (taps, outputs) = (&self.taps, &self.outputs);
             let mut found = Ok(());
