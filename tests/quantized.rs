@@ -158,6 +158,79 @@ fn scales_and_zero_points_are_cut_with_their_axis() {
     assert_eq!(dims(&check(&qdq_mlp(false), &some_units()).graph, "w1_scale"), [0usize; 0]);
 }
 
+/// Scale and zero point of a value.
+fn parameters(net: &mut Net, name: &str, scale: f32, zero: u8) -> [ValueId; 2] {
+    let scale = net.graph.add_initializer(&format!("{name}_scale"), Tensor::f32(&[], &[scale]));
+    [scale, net.byte(&format!("{name}_zero"), zero)]
+}
+
+/// Rows that attend to each other, in integers up to the logits: q and k are products with a bias added behind them.
+fn integer_logits() -> Graph {
+    let mut net = Net::new(17);
+    let tokens = net.graph.add_initializer("tokens", Tensor::i64s(&[1, -1, WIDTH as i64]));
+    net.op("Reshape", &[net.at, tokens], vec![]);
+    let x = net.at;
+    let [scale, zero] = parameters(&mut net, "x", 0.008, 128);
+    net.op("QuantizeLinear", &[x, scale, zero], vec![]);
+    let rows = [net.at, scale, zero];
+    let q = projected(&mut net, rows, "q");
+    let k = projected(&mut net, rows, "k");
+    net.op("Transpose", &[k[0]], vec![attr("perm", AttrValue::Ints(vec![0, 2, 1]))]);
+    let (columns, logits) = (net.at, parameters(&mut net, "logits", 0.25, 128));
+    net.op("QLinearMatMul", &[&q[..], &[columns], &k[1..], &logits[..]].concat(), vec![]);
+    net.op("DequantizeLinear", &[net.at, logits[0], logits[1]], vec![]);
+    net.op("Softmax", &[net.at], vec![]);
+    let (weights, wv) = (net.at, net.floats("wv", &[WIDTH, 8], -1.0, 1.0));
+    net.op("MatMul", &[x, wv], vec![]);
+    net.op("MatMul", &[weights, net.at], vec![]);
+    let rows = net.graph.add_initializer("rows", Tensor::i64s(&[-1, 8]));
+    net.op("Reshape", &[net.at, rows], vec![]);
+    net.done(8)
+}
+
+fn projected(net: &mut Net, rows: [ValueId; 3], name: &str) -> [ValueId; 3] {
+    let weight = net.bytes(&format!("{name}_weight"), DType::I8, &[WIDTH, UNITS]);
+    let scale = net.graph.add_initializer(&format!("{name}_weight_scale"), Tensor::f32(&[], &[0.002]));
+    let zero = net.bytes(&format!("{name}_weight_zero"), DType::I8, &[]);
+    let product = parameters(net, &format!("{name}_product"), 0.02, 120);
+    net.op("QLinearMatMul", &[&rows[..], &[weight, scale, zero], &product[..]].concat(), vec![]);
+    let at = net.at;
+    let bias = net.bytes(&format!("{name}_bias"), DType::U8, &[UNITS]);
+    let [bias_scale, bias_zero] = parameters(net, &format!("{name}_bias"), 0.01, 148);
+    let sum = parameters(net, name, 0.03, 131);
+    let inputs = [bias, bias_scale, bias_zero, at, product[0], product[1], sum[0], sum[1]];
+    net.microsoft("QLinearAdd", &inputs.map(Some), vec![]);
+    [net.at, sum[0], sum[1]]
+}
+
+#[test]
+fn a_bias_in_integers_is_removed_at_its_zero_point() {
+    let (graph, kept) = (integer_logits(), some_units());
+    check(&graph, &kept);
+    // A raw 0 is not zero, but the least number that the bias can stand for: what it adds to the logits of a row is the same for all
+    // columns, and a softmax of reals would not see it; one of integers does, which are rounded and end at 0 and 255.
+    let raw = |graph: &Graph, name: &str| -> Tensor {
+        let tensor = graph.constant(graph.find(name).unwrap()).unwrap();
+        let byte = |unit: usize| if kept.contains(&unit) { tensor.bytes[unit] } else { 0 };
+        Tensor { bytes: (0..UNITS).map(byte).collect::<Vec<u8>>().into(), ..tensor.clone() }
+    };
+    let (facts, anatomy) = pipeline::analyse(&graph).unwrap();
+    let plan: Kept = [(anatomy.groups[0].id.clone(), kept.clone())].into();
+    let sliced = slice::apply(&graph, &facts, &anatomy, &plan, &pipeline::analyse).unwrap();
+    let twin = slice::twin::build(&graph, &facts, &anatomy, &plan, &sliced, &BTreeSet::new());
+    let mut zeroed = twin.clone();
+    for name in ["q_bias", "k_bias"] {
+        let in_twin = twin.constant(twin.find(name).unwrap()).unwrap();
+        assert!((0..UNITS).filter(|u| !kept.contains(u)).all(|u| in_twin.bytes[u] == 148), "{name}");
+        zeroed.set_constant(twin.find(name).unwrap(), raw(&twin, name));
+    }
+    if has_ort() {
+        let x = vec![("x".to_string(), f32s(&[3, WIDTH], Random(9).f32s(3 * WIDTH, -1.0, 1.0)))];
+        let run = |graph: &Graph| output(&as_written(graph).run(&x).unwrap(), "y").as_f32();
+        assert!(relative_error(&run(&zeroed), &run(&twin)) > 1e-2);
+    }
+}
+
 #[test]
 fn blocks_of_dequantized_rows_go_whole_or_halved() {
     let mut net = Net::new(21);

@@ -8,7 +8,8 @@ use super::nest::{self, Nest};
 use crate::axes::relation::Slot;
 use crate::axes::{Axes, AxisOf, CarrierId, Class, ClassId, Of, Region, SinkSite};
 use crate::graph::{Graph, Id, NodeId, Use, ValueId};
-use crate::infer::Facts;
+use crate::infer::{Dim, Facts};
+use crate::ops::quantize::operands;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,9 +23,9 @@ pub enum Kind {
     Vo,
     /// Whole heads.
     Head,
-    /// Hidden units between two weights.
+    /// Hidden units between two linear layers over features, however those are spelled.
     Mlp,
-    /// Channels between two convolutions.
+    /// Channels of convolutions that mix positions or single out groups of channels.
     Channel,
     /// Positions of the sequence.
     Token,
@@ -427,9 +428,30 @@ pub(super) fn ends_in_weight(axes: &Axes, class: &Class) -> bool {
     !contracted(axes, class).is_empty()
 }
 
-/// Whether a weight of the class belongs to a convolution.
-pub(super) fn is_convolutional(graph: &Graph, axes: &Axes, class: ClassId) -> bool {
-    axes.classes()[class].sinks.iter().any(|s| graph.node(s.node).op().contains("Conv"))
+/// Classes that a convolution sums over as a CNN does. Not those that run from one linear layer to another, at every position alike,
+/// which is an MLP whatever its layers are spelled as; a residual stream has several readers, and is none.
+pub(super) fn convolutional(graph: &Graph, facts: &Facts, axes: &Axes) -> BTreeSet<ClassId> {
+    let is_conv = |id: &NodeId| graph.node(*id).op().contains("Conv");
+    let nodes = graph.order().iter().copied().filter(|id| is_conv(id) && !is_pointwise(graph, facts, *id));
+    let slots = nodes.flat_map(|id| (0..graph.node(id).inputs().len()).map(move |slot| (id, slot)));
+    let carriers: BTreeSet<_> = slots.filter_map(|(id, slot)| axes.carrier_at(graph, id, Slot::In(slot))).collect();
+    let sides = carriers.into_iter().flat_map(|c| (0..axes.carriers()[c].shape.len()).map(move |axis| (c, axis)));
+    let mixed: BTreeSet<ClassId> = sides.flat_map(|at| axes.classes_on(at)).collect();
+    let ends = |class: &Class| class.sinks.iter().any(|s| is_conv(&s.node));
+    let is_cnn = |(id, class): &(ClassId, &Class)| ends(class) && (class.sinks.len() > 1 || mixed.contains(id));
+    axes.classes().iter().enumerate().filter(is_cnn).map(|(id, _)| id).collect()
+}
+
+/// Whether a convolution is a linear layer over channels, the same at each of several positions.
+fn is_pointwise(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
+    let node = graph.node(id);
+    let spatial = |v: Option<ValueId>| v.and_then(|v| facts.shape(v)).and_then(|s| s.get(2..)).filter(|s| !s.is_empty());
+    let is_one = |s: &[Dim]| s.iter().all(|d| d.is(1));
+    let kernel = spatial(node.input(operands(node.op()).1));
+    let positions = spatial(node.outputs().first().copied().flatten());
+    let is_dense =
+        node.attr_int("group").unwrap_or(1) == 1 && node.attr_ints("strides").is_none_or(|s| s.iter().all(|n| *n == 1));
+    kernel.is_some_and(is_one) && !positions.is_some_and(is_one) && is_dense
 }
 
 /// For each position of an axis, the units of a group that it belongs to: `(row of the nest, coordinate of the leaf)`.

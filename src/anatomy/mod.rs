@@ -56,6 +56,7 @@ pub struct Anatomy {
 pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
     let attention = attention_layers(graph, facts, &axes);
     let grown = group::grown_from_weights(graph, &axes);
+    let convolutional = group::convolutional(graph, facts, &axes);
     let place = places(graph);
     let mut found: Vec<(Kind, usize, ClassId, usize)> = Vec::new();
     let mut taken = BTreeSet::new();
@@ -77,7 +78,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         .collect();
     rest.sort_unstable();
     for (at, class) in rest {
-        let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
+        let kind = if convolutional.contains(&class) { Kind::Channel } else { Kind::Mlp };
         // Counted below, where it is known which of them are groups.
         found.push((kind, 0, class, at));
     }

@@ -5,7 +5,7 @@ use super::{Error, Model};
 use crate::anatomy::Kind;
 use crate::autodiff::loss::Loss;
 use crate::search;
-use crate::supernet::{self, Options, Supernet};
+use crate::supernet::{self, Options, Supernet, SupernetError};
 use std::collections::BTreeSet;
 
 /// What a training graph should have.
@@ -38,5 +38,21 @@ pub fn augment(model: &Model, ask: &AugmentAsk) -> Result<Supernet, Error> {
         let output = super::class_output(model, None)?;
         options.loss_outputs.extend(output.and_then(|name| graph.find(&name)));
     }
-    supernet::build(graph, facts, &groups, &tokens, &options).map_err(|cause| Error::Supernet { file: model.path.clone(), cause })
+    supernet::build(graph, facts, &groups, &tokens, &options).map_err(|cause| match cause {
+        SupernetError::NothingToTrain if groups.is_empty() && tokens.is_empty() => {
+            Error::unsuitable(&model.path, no_gates(model, &kinds))
+        }
+        cause => Error::Supernet { file: model.path.clone(), cause },
+    })
+}
+
+/// Why no gate was made for any of `kinds`.
+fn no_gates(model: &Model, kinds: &[Kind]) -> String {
+    let list = |kinds: BTreeSet<Kind>| kinds.into_iter().map(Kind::as_str).collect::<Vec<_>>().join(", ");
+    let has: BTreeSet<Kind> = model.anatomy.groups.iter().map(|g| g.kind).collect();
+    let asked = list(kinds.iter().copied().collect());
+    match has.is_empty() {
+        true => format!("nothing to train: no group of kind {asked}, nor of any other; see vitrim inspect"),
+        false => format!("nothing to train: no group of kind {asked}; the model has {}", list(has)),
+    }
 }

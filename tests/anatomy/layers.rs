@@ -208,3 +208,39 @@ fn heads_that_are_merged_inside_their_dims_keep_the_same_dims() {
     });
     assert_eq!(found(&anatomy), [vec![H * E], vec![E], vec![H], vec![]]);
 }
+
+/// What stands around two convolutions of kernel 1 with an activation in between.
+#[derive(Clone, Copy, Debug)]
+enum Between {
+    /// Nothing else.
+    Nothing,
+    /// A convolution of each channel with its neighbours.
+    Depthwise,
+    /// A mean over all positions in front, as in squeeze and excitation.
+    Mean,
+}
+
+fn convolved(between: Between) -> Anatomy {
+    const M: usize = 5;
+    residual(&[D as i64, 4, D as i64], |layer, x| {
+        let conv = |layer: &mut Layer<'_>, x, dims: [usize; 4], attrs| {
+            let weight = layer.weight(&dims);
+            layer.b.op("Conv", &[x, weight], attrs)
+        };
+        let x = if matches!(between, Between::Mean) { layer.b.op("GlobalAveragePool", &[x], vec![]) } else { x };
+        let hidden = conv(layer, x, [M, D, 1, 1], vec![]);
+        let hidden = layer.b.op("Relu", &[hidden], vec![]);
+        let attrs = vec![attr("group", AttrValue::Int(M as i64)), attr("pads", AttrValue::Ints(vec![1; 4]))];
+        let hidden = if matches!(between, Between::Depthwise) { conv(layer, hidden, [M, 1, 3, 3], attrs) } else { hidden };
+        conv(layer, hidden, [D, M, 1, 1], vec![])
+    })
+}
+
+#[test]
+fn convolutions_of_one_position_are_the_linear_layers_of_an_mlp() {
+    let cases = [(Between::Nothing, Kind::Mlp), (Between::Depthwise, Kind::Channel), (Between::Mean, Kind::Channel)];
+    for (between, kind) in cases {
+        let found: Vec<_> = convolved(between).groups.iter().map(|g| (g.kind, g.units())).collect();
+        assert_eq!(found, [(kind, 5)], "{between:?}");
+    }
+}
