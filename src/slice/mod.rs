@@ -117,17 +117,33 @@ pub enum SliceError {
 /// analysed again by `analyse`, which finds in it the places where the sequence is shortened.
 pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analyse: &Analyse<'_>) -> Result<Sliced, SliceError> {
     let sites = tokens::kept_tokens(anatomy, kept);
-    let sliced = cut_units(graph, facts, anatomy, kept)?;
-    if sites.is_empty() {
-        return Ok(sliced);
+    let mut out = cut_units(graph, facts, anatomy, kept)?;
+    if !sites.is_empty() {
+        let (facts, found) = analyse(&out.graph)?;
+        let sites = tokens::find_again(anatomy, &found, &sites)?;
+        let (shorter, cuts, cloned) = tokens::cut(&out.graph, &facts, &found, &sites)?;
+        out = Sliced { graph: shorter, nodes: NodeChanges::default(), ..out };
+        out.add(cuts, cloned);
+        out.nodes = node_changes(graph, &out.graph);
     }
-    let (facts, found) = analyse(&sliced.graph)?;
-    let sites = tokens::find_again(anatomy, &found, &sites)?;
-    let (shorter, cuts, cloned) = tokens::cut(&sliced.graph, &facts, &found, &sites)?;
-    let mut out = Sliced { graph: shorter, nodes: NodeChanges::default(), ..sliced };
-    out.add(cuts, cloned);
-    out.nodes = node_changes(graph, &out.graph);
+    keep_cut_branches(&mut out.graph, facts)?;
     Ok(out)
+}
+
+/// Lets branches of known condition stay inlined where a cut went through them: the other branch, and the shapes that the file declares
+/// of both, no longer fit.
+fn keep_cut_branches(graph: &mut Graph, old: &Facts) -> Result<(), InferError> {
+    if graph.calls().iter().all(|c| c.condition.is_none()) {
+        return Ok(());
+    }
+    let new = infer::facts(graph)?;
+    let is_other = |v: &ValueId| old.shape(*v) != new.shape(*v);
+    let through = |node: &crate::graph::Node| node.inputs().iter().chain(node.outputs()).flatten().any(is_other);
+    let cut: BTreeSet<usize> = graph.nodes().filter(|(_, node)| through(node)).filter_map(|(_, node)| node.call()).collect();
+    for call in cut.into_iter().filter(|c| graph.calls()[*c].condition.is_some()).collect::<Vec<_>>() {
+        graph.keep_inlined(call);
+    }
+    Ok(())
 }
 
 impl Sliced {
