@@ -422,9 +422,29 @@ pub(super) fn ends_in_weight(axes: &Axes, class: &Class) -> bool {
     !contracted(axes, class).is_empty()
 }
 
-/// Whether a weight of the class belongs to a convolution.
-pub(super) fn is_convolutional(graph: &Graph, axes: &Axes, class: ClassId) -> bool {
-    axes.classes()[class].sinks.iter().any(|s| graph.node(s.node).op().contains("Conv"))
+/// Whether the class lies between convolutions. Those that look at one position at a time (kernel 1, one group) are matrix products
+/// over a map of tokens; where the map is a single position, as in squeeze-and-excitation, they are weights of the channels.
+pub(super) fn is_convolutional(graph: &Graph, facts: &Facts, axes: &Axes, class: ClassId) -> bool {
+    let class = &axes.classes()[class];
+    let is_conv = |id: NodeId| graph.node(id).op().contains("Conv");
+    if !class.sinks.iter().any(|s| is_conv(s.node)) {
+        return false;
+    }
+    let mut around: BTreeSet<NodeId> = class.sinks.iter().map(|s| s.node).collect();
+    let mut is_map = false;
+    for member in &class.members {
+        let Of::Value(v) = axes.carriers()[member.carrier].of else { continue };
+        around.extend(graph.value(v).producer().map(|(id, _)| id));
+        around.extend(graph.value(v).users().iter().map(|u| u.node));
+        let positions = axes.carriers()[member.carrier].shape.iter().skip(2);
+        is_map |= !axes.carriers()[member.carrier].constant && member.axis == 1 && positions.clone().any(|d| !d.is(1));
+    }
+    let is_pointwise = |id: NodeId| {
+        let node = graph.node(id);
+        let kernel = node.input(1).and_then(|w| facts.shape(w)).and_then(|s| s.get(2..));
+        node.op() == "Conv" && node.attr_int("group").unwrap_or(1) == 1 && kernel.is_some_and(|k| k.iter().all(|d| d.is(1)))
+    };
+    !is_map || !around.into_iter().filter(|id| is_conv(*id)).all(is_pointwise)
 }
 
 /// For each position of an axis, the units of a group that it belongs to: `(row of the nest, coordinate of the leaf)`.

@@ -77,7 +77,7 @@ pub fn name(graph: &Graph, facts: &Facts, axes: Axes) -> Anatomy {
         .collect();
     rest.sort_unstable();
     for (at, class) in rest {
-        let kind = if group::is_convolutional(graph, &axes, class) { Kind::Channel } else { Kind::Mlp };
+        let kind = if group::is_convolutional(graph, facts, &axes, class) { Kind::Channel } else { Kind::Mlp };
         // Counted below, where it is known which of them are groups.
         found.push((kind, 0, class, at));
     }
