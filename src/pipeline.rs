@@ -27,6 +27,7 @@ use crate::cost::{self, Cost, Sizes};
 use crate::graph::Graph;
 use crate::infer::{self, Facts, InferError};
 use crate::onnx::{self, Loaded};
+use crate::ops::control::{has_branches, known_branches};
 use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Layout, Limits, Plan, Promised};
 use crate::runtime::Device;
 use crate::score::{self, Scores};
@@ -51,9 +52,28 @@ pub struct Model {
 
 /// Reads a model and finds what can be cut.
 pub fn load(path: &Path, sizes: &Sizes) -> Result<Model, Error> {
-    let loaded = onnx::read(path)?;
+    let loaded = read(path)?;
     let (facts, anatomy) = analyse(&loaded.graph).map_err(|cause| Error::Infer { file: path.to_path_buf(), cause })?;
     Ok(Model { path: path.to_path_buf(), loaded, facts, anatomy, sizes: sizes.clone() })
+}
+
+/// Reads a model and opens every If whose condition is known without running it.
+pub fn read(path: &Path) -> Result<Loaded, Error> {
+    let mut loaded = onnx::read(path)?;
+    open_known_branches(&mut loaded.graph, path)?;
+    Ok(loaded)
+}
+
+/// Opens every If whose condition is known without running it.
+fn open_known_branches(graph: &mut Graph, file: &Path) -> Result<(), Error> {
+    while has_branches(graph) {
+        let facts = infer::facts(graph).map_err(|cause| Error::Infer { file: file.to_path_buf(), cause })?;
+        let chosen = known_branches(graph, &facts);
+        if onnx::open_branches(graph, file, &chosen)? == 0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Facts and anatomy of a graph.

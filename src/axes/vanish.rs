@@ -10,7 +10,7 @@
 use super::cases::{ClassId, Unified};
 use super::collect::{Barrier, CarrierId, Collected, Of, SinkSite};
 use super::relation::Slot;
-use crate::graph::{Graph, Id, NodeId, Tensor, ValueId};
+use crate::graph::{Graph, Id, NodeId, Tensor, Use, ValueId};
 use crate::ops::zeros;
 use std::collections::BTreeMap;
 
@@ -97,7 +97,7 @@ impl Walk<'_> {
             && match self.all.carriers[carrier].of {
                 Of::Virtual(..) => false,
                 // What is cut for one reader alone is not zeroed in the twin.
-                Of::Private(v, _) => self.graph.constant(v).is_some_and(|t| is_all_zero(&t)),
+                Of::Private(v, _) => self.graph.constant(v).is_some_and(|t| is_all_zero(&t)) || self.is_cut_for_all(carrier, v, class),
                 Of::Value(v) if self.graph.is_constant(v) => true,
                 Of::Value(v) => match self.graph.value(v).producer() {
                     Some((id, _)) => self.keeps_zero(id, class),
@@ -106,6 +106,20 @@ impl Walk<'_> {
             };
         self.known.insert((carrier, class), found);
         found
+    }
+
+    /// Whether all readers of a constant lose the same of it: layers that share their weights share their biases too.
+    fn is_cut_for_all(&self, carrier: CarrierId, v: ValueId, class: ClassId) -> bool {
+        let sees = |carrier: CarrierId| -> Vec<_> {
+            (0..self.all.carriers[carrier].shape.len()).map(|axis| self.unified.regions((carrier, axis))).collect()
+        };
+        let reader = |at: &Use| self.all.carrier(self.graph, at.node, Slot::In(at.slot));
+        let mine = sees(carrier);
+        self.graph.is_constant(v)
+            && self.unified.case_count(carrier) == 1
+            && self.graph.value(v).users().iter().all(|at| {
+                reader(at).is_some_and(|c| self.unified.case_count(c) == 1 && self.holds(c, class) && sees(c) == mine)
+            })
     }
 
     fn holds(&self, carrier: CarrierId, class: ClassId) -> bool {

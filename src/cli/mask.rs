@@ -43,7 +43,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     if !plan.edited.is_empty() && args.from.is_none() {
         talk.warn(format!("{}: the plan names edited tensors; without --from the twin has the model's own", args.plan.display()));
     }
-    let from = args.from.as_ref().map(|p| onnx::read(p)).transpose()?;
+    let from = args.from.as_ref().map(|p| pipeline::read(p)).transpose()?;
     let twin = pipeline::make_twin(&model, &args.plan, &plan, from.as_ref().map(|l| &l.graph))?;
     {
         let _guard = interrupt::writing();

@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         floors,
     };
     let model = pipeline::load(&args.against, &settings.sizes)?;
-    let out = onnx::read(&args.out)?;
+    let out = pipeline::read(&args.out)?;
     let plan_file = args.plan.clone().unwrap_or_else(|| plan_path(&args.out));
     let plan = Plan::read(&plan_file).map_err(pipeline::Error::from)?;
     if args.read.output.is_some() {

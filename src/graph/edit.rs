@@ -119,10 +119,15 @@ impl Graph {
         self.shell = shell;
     }
 
-    /// Records an inlined call; nodes name it by the returned number.
-    pub fn add_call(&mut self, encoded: Bytes) -> usize {
-        self.calls.push(Call { encoded, nodes: Vec::new() });
+    /// Records an inlined call, or an inlined branch of an If with the condition given; nodes name it by the returned number.
+    pub fn add_call(&mut self, encoded: Bytes, condition: Option<bool>) -> usize {
+        self.calls.push(Call { encoded, condition, nodes: Vec::new(), is_inlined: false });
         self.calls.len() - 1
+    }
+
+    /// Lets a call or a branch stay inlined when the graph is written.
+    pub fn keep_inlined(&mut self, call: usize) {
+        self.calls[call].is_inlined = true;
     }
 
     /// Adds a node at the end of the order.

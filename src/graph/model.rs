@@ -163,7 +163,7 @@ impl Node {
     pub fn extra(&self) -> &Bytes {
         &self.extra
     }
-    /// The call of a model-local function that this node was inlined from: an index into [`Graph::calls`].
+    /// The call of a model-local function, or the If, that this node was inlined from: an index into [`Graph::calls`].
     pub fn call(&self) -> Option<usize> {
         self.call
     }
@@ -201,13 +201,18 @@ impl Node {
     }
 }
 
-/// A call of a model-local function that was inlined for analysis; written back as a call where none of its nodes changed.
+/// A call of a model-local function, or an If whose condition is known, that was inlined for analysis; written back as it was where
+/// none of its nodes changed.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// The calling node as the file encodes it; only `onnx/` reads it.
     pub encoded: Bytes,
+    /// The condition, where it is an If.
+    pub condition: Option<bool>,
     /// Nodes of the inlined body, in order.
     pub nodes: Vec<NodeId>,
+    /// Whether it stays inlined: a value that it reads or makes has another shape now.
+    pub is_inlined: bool,
 }
 
 /// A graph with the model around it.
@@ -287,7 +292,7 @@ impl Graph {
     pub fn ir_version(&self) -> i64 {
         self.ir_version
     }
-    /// Inlined calls of model-local functions.
+    /// Inlined calls of model-local functions, and inlined branches.
     pub fn calls(&self) -> &[Call] {
         &self.calls
     }

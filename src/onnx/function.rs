@@ -109,6 +109,20 @@ impl<'a> Library<'a> {
         Ok(Self { functions: table, opsets: opsets.iter().cloned().collect() })
     }
 
+    /// The same with one function more.
+    pub(super) fn with<'b>(&self, function: &'b FunctionProto) -> Result<Library<'b>, Cause>
+    where
+        'a: 'b,
+    {
+        let key = key_of_function(function);
+        let mut functions: BTreeMap<Key, &'b FunctionProto> = self.functions.iter().map(|(k, f)| (k.clone(), *f)).collect();
+        let name = label(&key);
+        match functions.insert(key, function) {
+            Some(_) => Err(Cause::DuplicateFunction { name }),
+            None => Ok(Library { functions, opsets: self.opsets.clone() }),
+        }
+    }
+
     /// Whether a node calls a function of the model.
     pub(super) fn is_call(&self, node: &NodeProto) -> bool {
         !self.functions.is_empty() && self.functions.contains_key(&key_of_node(node))

@@ -14,6 +14,7 @@
 
 mod attr;
 mod body;
+mod branch;
 mod error;
 mod external;
 mod function;
@@ -27,6 +28,7 @@ mod tensor;
 mod value_info;
 mod write;
 
+pub use branch::open_branches;
 pub use error::{Cause, Error, shown, shown_to};
 pub use read::{Limits, Loaded, read, read_bytes, read_with};
 pub use save::{Overwrite, bytes_of_file, check_output, data_path, save, sha256_of_file, write_file, write_file_with};

@@ -342,31 +342,11 @@ impl<'a> Reader<'a> {
                 let find = |name: &str| self.names.get(name).copied();
                 let (inputs, captures) = resolve(&node, &label, &find)?;
                 let outputs = node.output.iter().map(|n| find(n)).collect();
-                let new = NewNode { inputs, captures, outputs, ..self.new_node(node, &label)? };
+                let new = NewNode { inputs, captures, outputs, ..new_node(&self.graph, self.files, node, &label)? };
                 self.pending.push(Pending { new, label });
             }
         }
         Ok(())
-    }
-
-    /// Everything of a node but what it reads and makes.
-    fn new_node(&mut self, mut node: NodeProto, label: &str) -> Result<NewNode, Cause> {
-        let domain = domain(node.domain.as_deref()).to_string();
-        if self.graph.opset(&domain).is_none() {
-            return Err(Cause::DomainNotImported { node: label.to_string(), domain: shown(&domain) });
-        }
-        let mut attrs: Vec<crate::graph::Attr> = Vec::with_capacity(node.attribute.len());
-        for attribute in std::mem::take(&mut node.attribute) {
-            let attr = attr::read(attribute, label, self.files)?;
-            if attrs.iter().any(|a| a.name == attr.name) {
-                let reason = "appears twice".to_string();
-                return Err(Cause::BadAttribute { node: label.to_string(), attribute: shown(&attr.name), reason });
-            }
-            attrs.push(attr);
-        }
-        let extra = node_extra(&node);
-        let (name, op) = (node.name.unwrap_or_default(), node.op_type.unwrap_or_default());
-        Ok(NewNode { name, op, domain, attrs, extra, ..NewNode::default() })
     }
 
     fn call(&mut self, node: NodeProto, label: &str) -> Result<(), Cause> {
@@ -379,26 +359,9 @@ impl<'a> Reader<'a> {
         if self.pending.len() + expansion.nodes.len() > 200_000 {
             return Err(Cause::FunctionSize { what: "nodes", limit: 200_000 });
         }
-        let call = self.graph.add_call(node.encode_to_vec().into());
-        let Expansion { slots, nodes, imports, .. } = expansion;
-        for (domain, version) in imports {
-            self.graph.set_opset(&domain, version);
-        }
-        let mut ids = Vec::with_capacity(slots.len());
-        for slot in &slots {
-            ids.push(match slot {
-                Slot::Outer(name) => self.names.get(name).copied(),
-                Slot::Inner(name) => Some(self.graph.add_value(name)),
-            });
-        }
-        for mut flat in nodes {
-            let id = |slot: &Option<usize>| slot.and_then(|s| ids[s]);
-            function::name_bodies(&mut flat, &|slot| ids[slot].map(|v| self.graph.value(v).name().to_string()))?;
-            let label = shown(flat.node.name.as_deref().unwrap_or_default());
-            let captures = body::captures(&flat.node).iter().filter_map(|n| self.graph.find(n)).collect();
-            let (inputs, outputs): (Vec<_>, Vec<_>) =
-                (flat.inputs.iter().map(id).collect(), flat.outputs.iter().map(id).collect());
-            let new = NewNode { inputs, captures, outputs, call: Some(call), ..self.new_node(flat.node, &label)? };
+        let call = self.graph.add_call(node.encode_to_vec().into(), None);
+        for new in inlined(&mut self.graph, self.files, expansion, call, &|name| self.names.get(name).copied())? {
+            let label = shown(&new.name);
             for v in new.outputs.iter().flatten() {
                 self.makers.entry(*v).or_insert_with(|| format!("node {label}"));
             }
@@ -454,6 +417,57 @@ impl<'a> Reader<'a> {
         }
         Ok(self.graph)
     }
+}
+
+/// Everything of a node but what it reads and makes.
+fn new_node(graph: &Graph, files: &mut DataFiles, mut node: NodeProto, label: &str) -> Result<NewNode, Cause> {
+    let domain = domain(node.domain.as_deref()).to_string();
+    if graph.opset(&domain).is_none() {
+        return Err(Cause::DomainNotImported { node: label.to_string(), domain: shown(&domain) });
+    }
+    let mut attrs: Vec<crate::graph::Attr> = Vec::with_capacity(node.attribute.len());
+    for attribute in std::mem::take(&mut node.attribute) {
+        let attr = attr::read(attribute, label, files)?;
+        if attrs.iter().any(|a| a.name == attr.name) {
+            let reason = "appears twice".to_string();
+            return Err(Cause::BadAttribute { node: label.to_string(), attribute: shown(&attr.name), reason });
+        }
+        attrs.push(attr);
+    }
+    let extra = node_extra(&node);
+    let (name, op) = (node.name.unwrap_or_default(), node.op_type.unwrap_or_default());
+    Ok(NewNode { name, op, domain, attrs, extra, ..NewNode::default() })
+}
+
+/// The nodes of an expansion; values inside it are new ones of the graph, those around it are found by their names.
+pub(super) fn inlined(
+    graph: &mut Graph,
+    files: &mut DataFiles,
+    expansion: Expansion,
+    call: usize,
+    outer: &dyn Fn(&str) -> Option<ValueId>,
+) -> Result<Vec<NewNode>, Cause> {
+    let Expansion { slots, nodes, imports, .. } = expansion;
+    for (domain, version) in imports {
+        graph.set_opset(&domain, version);
+    }
+    let mut ids = Vec::with_capacity(slots.len());
+    for slot in &slots {
+        ids.push(match slot {
+            Slot::Outer(name) => outer(name),
+            Slot::Inner(name) => Some(graph.add_value(name)),
+        });
+    }
+    let mut out = Vec::with_capacity(nodes.len());
+    for mut flat in nodes {
+        let id = |slot: &Option<usize>| slot.and_then(|s| ids[s]);
+        function::name_bodies(&mut flat, &|slot| ids[slot].map(|v| graph.value(v).name().to_string()))?;
+        let label = shown(flat.node.name.as_deref().unwrap_or_default());
+        let captures = body::captures(&flat.node).iter().filter_map(|n| graph.find(n)).collect();
+        let (inputs, outputs) = (flat.inputs.iter().map(id).collect(), flat.outputs.iter().map(id).collect());
+        out.push(NewNode { inputs, captures, outputs, call: Some(call), ..new_node(graph, files, flat.node, &label)? });
+    }
+    Ok(out)
 }
 
 fn node_label(index: usize, node: &NodeProto) -> String {

@@ -11,7 +11,7 @@ use super::external::DataFiles;
 use super::function::{Key, Library, Slot, domain, domains, import, name_bodies};
 use super::read::{call_prefix, node_extra};
 use super::tensor::{self, DataFile};
-use super::{attr, body, order, stream, value_info};
+use super::{attr, body, branch, order, stream, value_info};
 use crate::graph::{DType, Graph, Id, NodeId, ValueId};
 
 /// Unit: bytes; what protobuf allows in one message.
@@ -102,6 +102,12 @@ fn is_stand_in(graph: &Graph, id: NodeId, sparse: &BTreeSet<String>) -> bool {
     !sparse.is_empty() && node.op() == "Constant" && node.output(0).is_some_and(|v| sparse.contains(graph.value(v).name()))
 }
 
+/// The functions of the model.
+pub(super) fn function_list(graph: &Graph) -> Result<Vec<FunctionProto>, Cause> {
+    let shell = ModelProto::decode(graph.shell().clone());
+    shell.map(|m| m.functions).map_err(|_| Cause::Internal { what: "the shell of a model does not decode" })
+}
+
 #[derive(Clone, Copy)]
 enum Item {
     Node(NodeId),
@@ -145,6 +151,13 @@ fn items(graph: &Graph, library: &Library<'_>) -> Result<(Vec<Item>, Vec<Option<
             }
         }
     }
+    // An If also reads its condition, and what its other branch captures.
+    for (number, (call, node)) in graph.calls().iter().zip(&calls).enumerate() {
+        let (Some(own), Some(_), Some(node)) = (item_of_call[number], call.condition, node) else { continue };
+        let captured = body::captures(node);
+        let producers = node.input.iter().chain(&captured).filter_map(|n| graph.value(graph.find(n)?).producer());
+        reads[own].extend(producers.map(|(p, _)| item_of_node[p.index()]).filter(|item| *item != own));
+    }
     match order::sorted(&reads) {
         Some(order) => Ok((order.into_iter().map(|i| items[i]).collect(), calls)),
         // Nodes were put between those of a call, so that it can no longer stand in one place.
@@ -157,10 +170,16 @@ fn intact(graph: &Graph, library: &Library<'_>, number: usize) -> Result<Option<
     let broken = |_| Cause::Internal { what: "a call does not decode" };
     let call = &graph.calls()[number];
     let node = NodeProto::decode(call.encoded.clone()).map_err(broken)?;
-    if !library.is_call(&node) {
-        return Ok(None);
-    }
-    let mut fresh = library.expand(&node, &call_prefix(&node, number))?;
+    let reads_again = |name: &String| graph.find(name).is_some_and(|v| stands(graph, v));
+    let fresh = match call.condition {
+        _ if call.is_inlined => None,
+        Some(condition) if node.input.iter().chain(&body::captures(&node)).all(reads_again) => {
+            branch::expand(&node, condition, library, graph.opsets(), &call_prefix(&node, number))?
+        }
+        None if library.is_call(&node) => Some(library.expand(&node, &call_prefix(&node, number))?),
+        _ => None,
+    };
+    let Some(mut fresh) = fresh else { return Ok(None) };
     let alive: BTreeSet<NodeId> = graph.order().iter().copied().filter(|id| graph.node(*id).call() == Some(number)).collect();
     if alive.len() != call.nodes.len() || fresh.nodes.len() != alive.len() {
         return Ok(None);
@@ -203,6 +222,11 @@ fn intact(graph: &Graph, library: &Library<'_>, number: usize) -> Result<Option<
     Ok(inner.into_iter().all(private).then_some(node))
 }
 
+/// Whether there is something that makes the value.
+fn stands(graph: &Graph, v: ValueId) -> bool {
+    graph.value(v).producer().is_some() || graph.value(v).initializer().is_some() || graph.inputs().contains(&v)
+}
+
 /// Whether a node is the given one, apart from names.
 fn same_node(graph: &Graph, id: NodeId, proto: &NodeProto) -> Result<bool, Cause> {
     let node = graph.node(id);
@@ -222,7 +246,7 @@ fn same_node(graph: &Graph, id: NodeId, proto: &NodeProto) -> Result<bool, Cause
     Ok(true)
 }
 
-fn write_node(graph: &Graph, id: NodeId, mut data: Option<&mut DataFile>) -> Result<NodeProto, Cause> {
+pub(super) fn write_node(graph: &Graph, id: NodeId, mut data: Option<&mut DataFile>) -> Result<NodeProto, Cause> {
     let node = graph.node(id);
     let mut proto =
         NodeProto::decode(node.extra().clone()).map_err(|_| Cause::Internal { what: "the rest of a node does not decode" })?;

@@ -301,6 +301,13 @@ fn tile_axes(cx: &AxesCx<'_>) -> Relations {
             relations.same(from, to);
         } else if size.is(1) {
             relations.unread(to);
+        } else if let Some(repeats) = tiled.exact_div(size).filter(|n| n.known().is_some()) {
+            // Position `r * size + i` holds what position `i` does: repeats outside, the axis inside. Repeats that are computed at
+            // run time may be computed from a size that a cut changes.
+            let inside = relations.virtual_value(vec![repeats, size.clone()]);
+            relations.same(from, (inside, 1));
+            relations.regroup((inside, vec![0, 1]), (Slot::Out(0), vec![axis]));
+            relations.unread((inside, 0));
         } else {
             relations.barrier(from, "repeated by Tile");
             relations.barrier(to, "repeated by Tile");

@@ -13,7 +13,7 @@ use super::{Axes, Cost, Grad, OpRule, Refit};
 use crate::autodiff::GradCx;
 use crate::axes::relation::{AxesCx, Relations, Slot};
 use crate::graph::build::attr;
-use crate::graph::{AttrValue, DType, Node, Tensor};
+use crate::graph::{AttrValue, DType, Node, Tensor, ValueId};
 use crate::infer::{Dim, Fact, InferCx, InferError, Known};
 use crate::slice::refit::{RefitCx, RefitError};
 use bytes::Bytes;
@@ -34,7 +34,7 @@ const NO_MAX: Grad = Grad::No("the gradient of a maximum over positions is not w
 /// The records of this family.
 pub static RULES: &[OpRule] = &[
     record("AveragePool", 1, pool_infer, pool_axes, Grad::Rule(average_pool_grad)),
-    record("MaxPool", 1, pool_infer, pool_axes, NO_MAX),
+    record("MaxPool", 1, pool_infer, pool_axes, Grad::Rule(max_pool_grad)),
     record("GlobalAveragePool", 1, global_infer, global_axes, Grad::Rule(global_average_grad)),
     record("GlobalMaxPool", 1, global_infer, global_axes, NO_MAX),
     record("DepthToSpace", 1, depth_to_space_infer, depth_to_space_axes, Grad::Rule(depth_to_space_grad)),
@@ -182,6 +182,62 @@ fn average_pool_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
     let weight = cx.b.constant(like.with_f32s(&vec![1.0 / positions as f32; dims.iter().product()]));
     let geometry = Geometry { strides: window.strides.clone(), dilations: window.dilations.clone(), pads, group: channels };
     let dx = spread(cx, share, weight, &window, &geometry)?;
+    cx.give(0, dx);
+    Ok(())
+}
+
+/// `dx` is the sum over the places of the kernel of `m * dy / sum(m)`, with `m = (x there = y)`: equal maxima share the gradient. What
+/// each place gives is put back by a depthwise ConvTranspose.
+fn max_pool_grad(cx: &mut GradCx<'_>) -> Result<(), String> {
+    let (dy, x, y) = (cx.dy()?, cx.input(0), cx.output(0));
+    let (shape, out, dtype) = (cx.shape(x), cx.shape(y), cx.dtype(x));
+    let window = pool_window(cx.node(), shape.len())?;
+    let rank = window.rank();
+    let numbers = |dims: &[Dim]| -> Option<Vec<i64>> { dims.iter().map(Dim::known).collect() };
+    let channels = shape[1].known().ok_or("the number of channels is not known")?;
+    let kernel = numbers(&window.kernel).ok_or("the kernel is not known")?;
+    let out = numbers(&out[2..]).ok_or("a maximum over an image of unknown size")?;
+    let pads: Option<Vec<_>> = (0..rank).map(|a| window.pads(a, &shape[a + 2])).collect();
+    let pads = pads.ok_or("the padding depends on sizes that are not known")?;
+    let mut padded = x;
+    if pads.iter().any(|p| *p != (0, 0)) {
+        let (before, after) = (pads.iter().map(|p| p.0), pads.iter().map(|p| p.1));
+        let widths: Vec<i64> = [0, 0].into_iter().chain(before).chain([0, 0]).chain(after).collect();
+        let widths = cx.b.ints(&widths);
+        let lowest = cx.b.constant(Tensor::new(dtype, Vec::new(), Bytes::new()).with_f32s(&[-1e30]));
+        padded = cx.b.op("Pad", &[x, widths, lowest], vec![]);
+    }
+    let places = kernel.iter().fold(vec![Vec::new()], |places, size| {
+        let step = |at: &Vec<i64>, i: i64| at.iter().copied().chain([i]).collect::<Vec<i64>>();
+        places.iter().flat_map(|at| (0..*size).map(move |i| step(at, i))).collect()
+    });
+    let (axes, steps) = (cx.b.ints(&(2..2 + rank as i64).collect::<Vec<_>>()), cx.b.ints(&window.strides));
+    let mut masks = Vec::with_capacity(places.len());
+    for at in &places {
+        let starts: Vec<i64> = at.iter().zip(&window.dilations).map(|(i, d)| i * d).collect();
+        let ends: Vec<i64> = (0..rank).map(|a| starts[a] + (out[a] - 1) * window.strides[a] + 1).collect();
+        let (starts, ends) = (cx.b.ints(&starts), cx.b.ints(&ends));
+        let there = cx.b.op("Slice", &[padded, starts, ends, axes, steps], vec![]);
+        let is_largest = cx.b.op("Equal", &[there, y], vec![]);
+        masks.push(cx.b.cast(is_largest, dtype));
+    }
+    let count = masks[1..].iter().fold(masks[0], |sum, m| cx.b.add(sum, *m));
+    let share = cx.b.div(dy, count);
+    let mut part = |mask: &ValueId| {
+        let part = cx.b.mul(*mask, share);
+        cx.b.unsqueeze(part, &[2])
+    };
+    let parts: Vec<ValueId> = masks.iter().map(&mut part).collect();
+    let parts = cx.b.concat(&parts, 2);
+    let target: Vec<i64> = [0, channels * places.len() as i64].into_iter().chain(out).collect();
+    let parts = cx.b.reshape(parts, &target);
+    let place = |n: usize| (0..places.len()).map(move |i| if i == n { 1.0 } else { 0.0 });
+    let weights: Vec<f32> = (0..channels).flat_map(|_| (0..places.len()).flat_map(place)).collect();
+    let sizes = kernel.iter().map(|k| usize::try_from(*k).unwrap_or(0));
+    let dims: Vec<usize> = [usize::try_from(target[1]).unwrap_or(0), 1].into_iter().chain(sizes).collect();
+    let weight = cx.b.constant(Tensor::new(dtype, dims, Bytes::new()).with_f32s(&weights));
+    let geometry = Geometry { strides: window.strides.clone(), dilations: window.dilations.clone(), pads, group: channels };
+    let dx = spread(cx, parts, weight, &window, &geometry)?;
     cx.give(0, dx);
     Ok(())
 }

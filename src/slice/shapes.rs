@@ -48,6 +48,12 @@ pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, us
     }
 }
 
+/// The integers of a value as a constant, where all are known without running the graph.
+pub(super) fn known_integers(facts: &Facts, v: ValueId) -> Option<Tensor> {
+    let Fact { dtype: Some(dtype), shape, known: Some(known @ Known::Ints(_)) } = facts.get(v) else { return None };
+    numbers(known).map(|_| constant_of(known, *dtype, shape.as_deref().unwrap_or(&[])))
+}
+
 /// The fact of a value after the cut, content included where it is shape arithmetic.
 fn after(
     graph: &Graph,

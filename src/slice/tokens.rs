@@ -110,11 +110,47 @@ pub(super) fn cut(
     for (at, entries) in patches {
         shapes::patch(&mut out, facts, at, &entries);
     }
+    freeze_tables(&mut out, graph, facts, needs.keys(), &|v| stays.range((v, 0)..=(v, usize::MAX)).next().is_some());
     let needs = needs.into_iter().map(|(v, readers)| (v, readers_of(graph, v, readers))).collect();
     let (cuts, cloned) = constants::cut(&mut out, needs);
     gather_sites(&mut out, sites);
     out.sort();
     Ok((out, cuts, cloned))
+}
+
+/// Tables that are gathered stay what they were: where one is computed from the length of the sequence (relative positions of a range of
+/// that length), the numbers that it is computed from are frozen.
+fn freeze_tables<'a>(
+    out: &mut Graph,
+    graph: &Graph,
+    facts: &Facts,
+    tables: impl Iterator<Item = &'a ValueId>,
+    is_shortened: &dyn Fn(ValueId) -> bool,
+) {
+    let mut follows: BTreeSet<ValueId> = BTreeSet::new();
+    for (_, node) in graph.nodes() {
+        let reads_length = || node.inputs().iter().flatten().any(|v| is_shortened(*v));
+        let inside = || node.inputs().iter().flatten().any(|v| follows.contains(v));
+        let shape_only = ops::rule_of(graph, node).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly));
+        if if shape_only { reads_length() } else { inside() } {
+            follows.extend(node.outputs().iter().flatten());
+        }
+    }
+    let mut stack: Vec<ValueId> = tables.copied().collect();
+    let mut seen: BTreeSet<ValueId> = stack.iter().copied().collect();
+    while let Some((id, _)) = stack.pop().and_then(|v| graph.value(v).producer()) {
+        for (slot, v) in graph.node(id).inputs().iter().enumerate() {
+            let Some(v) = v.filter(|v| follows.contains(v)) else { continue };
+            match shapes::known_integers(facts, v) {
+                Some(constant) => {
+                    let frozen = out.add_initializer(&format!("{}_frozen", graph.value(v).name()), constant);
+                    out.set_input(Use { node: id, slot }, Some(frozen));
+                }
+                None if seen.insert(v) => stack.push(v),
+                None => {}
+            }
+        }
+    }
 }
 
 /// All readers of a constant: those that need it whole, too.

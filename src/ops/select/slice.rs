@@ -294,8 +294,12 @@ fn slice_refit(cx: &mut RefitCx<'_>) -> Result<(), RefitError> {
         ) else {
             return untouched(cx, axis..axis + 1);
         };
-        let wanted = kept_positions(cx, &old, kept_in, kept_out)?;
         let size = kept_in.map_or(input[axis].size().unwrap_or(0), <[_]>::len);
+        // What took nothing of the whole axis takes nothing of less of it: the rest of a head that is rotated as a whole.
+        if old.is_empty() && positions(size, start, end, step).is_empty() {
+            continue;
+        }
+        let wanted = kept_positions(cx, &old, kept_in, kept_out)?;
         let has_step = cx.node().input(STEP).is_some();
         let new = bounds(&wanted, size, (start, end, step)).filter(|new| new.2 == step || has_step).unwrap_or_else(|| {
             // No run of equal steps: a Gather takes them, and the Slice all of that.
