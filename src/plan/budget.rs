@@ -23,6 +23,12 @@ const BINS: usize = 4096;
 /// Parts into which the weight of several targets is divided.
 const WEIGHT_PARTS: usize = 6;
 
+/// So much of a target is close enough.
+const CLOSE: f64 = 0.99;
+
+/// Moves that are tried beyond one that overshoots.
+const TRIALS_MAX: usize = 400;
+
 /// Steps taken of each ladder.
 type Counts = Vec<usize>;
 
@@ -53,8 +59,7 @@ pub(super) fn steps_for_budget(
     let chooser = Chooser { ladders, loss, targets, model, whole };
     chooser.check_reachable()?;
     if losses.is_none() {
-        let counts = chooser.cut_off(&chooser.moves_by_scores());
-        return Ok((chooser.given_back(counts, &chooser.weights()[0]), None));
+        return Ok((chooser.cut_off(&chooser.moves_by_scores(), &chooser.weights()[0]), None));
     }
     let (counts, allocation) = chooser.by_curves(losses.map_or("", |l| &l.how));
     Ok((counts, Some(allocation)))
@@ -94,8 +99,7 @@ impl Chooser<'_, '_> {
     }
 
     fn is_met(&self, counts: &[usize]) -> bool {
-        let cost = self.cost(counts);
-        self.targets.iter().all(|(measure, target)| measure.share(&cost, &self.whole) <= *target)
+        self.fullness(counts) <= 1.0
     }
 
     fn predicted(&self, counts: &[usize]) -> f64 {
@@ -134,8 +138,11 @@ impl Chooser<'_, '_> {
         steps.iter().filter_map(stops).collect()
     }
 
-    /// The state after the first moves (ladder, its steps then) that meet the targets; after all where none does.
-    fn cut_off(&self, moves: &[(usize, usize)]) -> Counts {
+    /// The state after the first moves (ladder, its steps then) that meet the targets, and what they leave room for given back.
+    ///
+    /// One move may overshoot by far (a token of an early layer), so that nothing brings the rest back. Then going on without it, and
+    /// without others that overshoot, may come closer.
+    fn cut_off(&self, moves: &[(usize, usize)], weights: &BTreeMap<Measure, f64>) -> Counts {
         let after = |taken: usize| {
             let mut counts = vec![0; self.ladders.len()];
             moves[..taken].iter().for_each(|(i, n)| counts[*i] = *n);
@@ -146,7 +153,35 @@ impl Chooser<'_, '_> {
             let middle = (low + high) / 2;
             if self.is_met(&after(middle)) { high = middle } else { low = middle + 1 }
         }
-        after(high)
+        let counts = self.given_back(self.repaired(after(high), weights), weights);
+        let fullness = self.fullness(&counts);
+        if high == 0 || fullness >= CLOSE {
+            return counts;
+        }
+        let mut current = after(high - 1);
+        let mut best = (fullness, counts);
+        for (i, n) in moves[high - 1..].iter().take(TRIALS_MAX) {
+            let old = std::mem::replace(&mut current[*i], *n);
+            let fullness = self.fullness(&current);
+            if fullness > 1.0 {
+                continue;
+            }
+            if fullness > best.0 {
+                best = (fullness, current.clone());
+            }
+            current[*i] = old;
+        }
+        self.given_back(best.1, weights)
+    }
+
+    /// Cost as a fraction of the target that is closest: above 1 exactly where a target is missed.
+    fn fullness(&self, counts: &[usize]) -> f64 {
+        let cost = self.cost(counts);
+        let of = |(measure, target): (&Measure, &f64)| {
+            let share = measure.share(&cost, &self.whole);
+            if share <= *target { (share / target).min(1.0) } else { (share / target).max(1.0 + f64::EPSILON) }
+        };
+        self.targets.iter().map(of).fold(0.0, f64::max)
     }
 
     /// Ways to weigh the targets against each other, evenly first. Targets that ask for nothing have no weight.
@@ -217,8 +252,7 @@ impl Chooser<'_, '_> {
                 let sites = self.sites(&counts, &weights);
                 let levels = self.all_levels();
                 let moves: Vec<_> = allocate::hull(&sites).iter().map(|m| (m.site, levels[m.site][m.level])).collect();
-                let found = self.repaired(self.cut_off(&moves), &weights);
-                let found = self.given_back(found, &weights);
+                let found = self.cut_off(&moves, &weights);
                 let loss = self.predicted(&found);
                 if greedy.as_ref().is_none_or(|(least, ..)| loss < *least) {
                     greedy = Some((loss, found.clone(), weights.clone()));
