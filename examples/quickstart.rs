@@ -4,12 +4,11 @@
 
 #![allow(clippy::print_stdout, reason = "an example shows what it finds")]
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use vitrim::anatomy::Kind;
 use vitrim::cost::Sizes;
 use vitrim::onnx::{self, Overwrite};
-use vitrim::plan::{Ask, Layout};
+use vitrim::plan::{Ask, Limits};
 use vitrim::{pipeline, score};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -23,8 +22,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
 
     let scores = score::magnitude(model.graph(), &model.anatomy);
-    let ask = Ask::Fractions(BTreeMap::from([(Kind::Mlp, 0.5)]));
-    let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", 0, BTreeSet::new(), Layout::Equal)?;
+    let ask = Ask::Fractions([(Kind::Mlp, 0.5)].into());
+    let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", &Limits::default())?;
     let sliced = pipeline::cut(&model, &path, &plan, None)?.sliced;
 
     let folder = tempfile::tempdir()?;

@@ -28,12 +28,11 @@ use crate::graph::Graph;
 use crate::infer::{self, Facts, InferError};
 use crate::onnx::{self, Loaded};
 use crate::ops::control::{has_branches, known_branches};
-use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Layout, Limits, Plan, Promised};
+use crate::plan::{self, Ask, BeforeAfter, Budget, KeptUnits, Limits, Measure, Plan, Promised, Targets};
 use crate::runtime::Device;
 use crate::score::{self, Scores};
 use crate::search;
 use crate::slice::{self, Sliced};
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// A model that was read and understood.
@@ -128,38 +127,70 @@ pub fn read_scores(model: &Model, file: &Path) -> Result<Scores, Error> {
     Ok(scores)
 }
 
-/// Scores + what is asked -> Plan, with the promised cost counted on the sliced graph.
-pub fn make_plan(
-    model: &Model,
-    scores: &Scores,
-    ask: &Ask,
-    asked: &str,
-    round: usize,
-    protected: BTreeSet<String>,
-    layout: Layout,
-) -> Result<Plan, Error> {
-    let file = || model.path.clone();
-    let pinned = model.anatomy.tokens.sites.iter().filter_map(|site| {
+/// Scores + what is asked -> Plan, with the promised cost counted on the sliced graph. Pinned tokens are added to the limits.
+pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, limits: &Limits) -> Result<Plan, Error> {
+    let mut limits = limits.clone();
+    limits.pinned.extend(model.anatomy.tokens.sites.iter().filter_map(|site| {
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
         Some((group.id.clone(), site.pinned.iter().copied().collect()))
-    });
-    let limits = Limits { round, protected, pinned: pinned.collect(), layout };
+    }));
     let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
-    let kept =
-        plan::choose(&model.anatomy, scores, ask, &limits, &costs).map_err(|cause| Error::Choose { file: file(), cause })?;
-    let mut plan = Plan { layout, ..Plan::empty(&model.sha256()?) };
-    for (id, kept) in &kept {
-        let of = model.anatomy.groups.iter().find(|g| g.id == *id).map_or(0, anatomy::Group::units);
-        plan.groups.insert(id.clone(), KeptUnits { kept: kept.clone(), of });
-    }
     let hollow = model.graph().hollow();
-    let sliced = slice::apply(&hollow, &model.facts, &model.anatomy, &kept, &analyse)
-        .map_err(|cause| Error::Slice { file: file(), cause })?;
-    plan.budget = Budget { asked: asked.to_string(), promised: before_after(model, &sliced)? };
-    Ok(plan)
+    let mut ask = ask.clone();
+    let wanted = targets(&ask);
+    let mut tries = 0;
+    loop {
+        let chosen = plan::choose(&model.anatomy, scores, &ask, &limits, &costs)
+            .map_err(|cause| Error::Choose { file: model.path.clone(), cause })?;
+        let sliced = slice::apply(&hollow, &model.facts, &model.anatomy, &chosen.kept, &analyse)
+            .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
+        let promised = before_after(model, &sliced)?;
+        // Copies of shared constants are counted here only; what they take must be saved elsewhere.
+        let excess = |(measure, target): (&Measure, &f64)| {
+            let over = promised.share(*measure)? - target;
+            (over > 0.0).then_some((*measure, over))
+        };
+        let over: Targets = wanted.iter().filter_map(excess).collect();
+        tries += 1;
+        if let (Ask::Budget { targets, .. }, false, true) = (&mut ask, over.is_empty(), tries < TRIES_MAX) {
+            over.iter().for_each(|(measure, over)| *targets.entry(*measure).or_insert(1.0) -= over);
+            continue;
+        }
+        let note = budget_note(&wanted, &promised);
+        let mut plan = Plan { layout: limits.layout, ..Plan::empty(&model.sha256()?) };
+        for (id, kept) in chosen.kept {
+            let of = model.anatomy.groups.iter().find(|g| g.id == id).map_or(0, anatomy::Group::units);
+            plan.groups.insert(id, KeptUnits { kept, of });
+        }
+        plan.budget = Budget { asked: asked.to_string(), promised, allocation: chosen.allocation, note };
+        return Ok(plan);
+    }
 }
 
-/// Params and MACs of a model and of what was sliced from it.
+/// How often a budget is tightened where copies of constants exceed it.
+const TRIES_MAX: usize = 6;
+
+fn targets(ask: &Ask) -> Targets {
+    match ask {
+        Ask::Budget { targets, .. } => targets.clone(),
+        Ask::Fractions(_) => Targets::new(),
+    }
+}
+
+/// What to say of a budget that is not met within 1 %: widths move in steps, and of several targets one decides.
+fn budget_note(targets: &Targets, promised: &Promised) -> Option<String> {
+    let part = |(measure, target): (&Measure, &f64)| Some((*measure, *target, promised.share(*measure)?));
+    let parts: Vec<(Measure, f64, f64)> = targets.iter().filter_map(part).collect();
+    let (measure, target, share) = *parts.iter().max_by(|a, b| (a.2 / a.1).total_cmp(&(b.2 / b.1)))?;
+    let (name, percent) = (measure.name(), share * 100.0);
+    if share > target {
+        return Some(format!("{name} are {percent:.2} % of the original, asked for {:.2} %", target * 100.0));
+    }
+    (share < 0.99 * target)
+        .then(|| format!("{name} are {percent:.2} % of the original: widths allow nothing closer to {:.2} %", target * 100.0))
+}
+
+/// Params, MACs and bytes of a model and of what was sliced from it.
 pub fn before_after(model: &Model, sliced: &Sliced) -> Result<Promised, Error> {
     let before = model.cost();
     let facts = infer::facts(&sliced.graph).map_err(|cause| Error::Infer { file: model.path.clone(), cause })?;
@@ -167,6 +198,7 @@ pub fn before_after(model: &Model, sliced: &Sliced) -> Result<Promised, Error> {
     Ok(Promised {
         params: BeforeAfter { before: before.params, after: after.params },
         macs: before.macs.zip(after.macs).map(|(before, after)| BeforeAfter { before, after }),
+        bytes: Some(BeforeAfter { before: before.bytes, after: after.bytes }),
     })
 }
 

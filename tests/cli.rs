@@ -188,11 +188,16 @@ fn plan_and_slice_have_the_names_of_the_contract_and_promises_are_kept() {
     assert_eq!(plan, told);
     let names = ["basis", "budget", "edited", "groups", "layout", "model_sha256", "schema_version", "seed", "weights"];
     assert_eq!(keys(&plan), names);
+    assert_eq!(keys(&plan["budget"]), ["asked", "promised"]);
+    assert_eq!(keys(&plan["budget"]["promised"]), ["bytes", "macs", "params"]);
     assert_eq!((plan["seed"].as_u64(), plan["budget"]["asked"].as_str()), (Some(7), Some(keep)));
     let mlp = &plan["groups"]["mlp.0"];
     assert_eq!((mlp["of"].as_u64(), mlp["kept"].as_array().map(Vec::len)), (Some(384), Some(192)));
     let cut = ok(&sandbox.run(&["slice", &model, "--plan", "p.json", "-o", "out.onnx", "--json"]));
-    assert_eq!(keys(&cut), ["bytes", "cloned", "cuts", "macs", "nodes", "params", "schema_version"]);
+    assert_eq!(keys(&cut), ["budget", "bytes", "cloned", "cuts", "macs", "nodes", "params", "schema_version"]);
+    assert_eq!(keys(&cut["budget"]), ["asked", "got", "promised"]);
+    assert_eq!((cut["budget"]["asked"].as_str(), &cut["budget"]["got"]), (Some(keep), &plan["budget"]["promised"]));
+    assert_eq!(&cut["budget"]["promised"], &plan["budget"]["promised"]);
     assert_eq!(
         (keys(&cut["cuts"][0]), keys(&cut["nodes"])),
         (vec!["axis", "initializer", "of", "removed"], vec!["added", "removed"])

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use vitrim::autodiff::interface::declare;
 use vitrim::graph::build::attr;
 use vitrim::graph::{Attr, AttrValue, DType, DeclaredDim, Graph, Tensor, ValueId};
+use vitrim::plan::Kept;
 use vitrim::runtime::{Optimize, RuntimeName, Session, SessionOptions, open};
-use vitrim::slice::cutset::Kept;
 use vitrim::{pipeline, slice};
 
 const WIDTH: usize = 32;

@@ -55,7 +55,6 @@ const MAY_IMPORT: &[(&str, &str)] = &[
 /// Imports beyond that table: file or folder, path, reason.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
-    ("plan", "slice::cutset::Kept", "a map of plain numbers that plan and slice share; its place is plan/"),
     ("score", "anatomy::unit_tags", "which position of a weight belongs to which unit; to become a method of Group"),
 ];
 

@@ -6,6 +6,7 @@ use crate::anatomy::Kind;
 use crate::cost::Sizes;
 use crate::onnx::Overwrite;
 use crate::pipeline::{self, DataChoice};
+use crate::plan::{Fractions, Measure, Targets};
 use crate::runtime::{self, Device, InstallOptions, LibraryChoice, Probe, RuntimeName, SessionOptions};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -193,9 +194,27 @@ pub(super) fn kinds(flag: &str, text: &str) -> Result<BTreeSet<Kind>, Failure> {
     text.split(',').map(|word| kind(flag, word)).collect()
 }
 
-/// `kind=fraction` pairs.
-pub(super) fn kind_fractions(flag: &str, text: &str) -> Result<BTreeMap<Kind, f64>, Failure> {
-    fractions(flag, text)?.into_iter().map(|(word, f)| Ok((kind(flag, &word)?, f))).collect()
+/// `kind=fraction` pairs, and `kind.N=fraction` for one group.
+pub(super) fn unit_fractions(flag: &str, text: &str) -> Result<Fractions, Failure> {
+    let mut out = Fractions::default();
+    for (word, f) in fractions(flag, text)? {
+        match word.split_once('.') {
+            Some((of, number)) if number.bytes().all(|b| b.is_ascii_digit()) && !number.is_empty() => {
+                out.groups.insert(format!("{}.{number}", kind(flag, of)?.as_str()), f);
+            }
+            _ => drop(out.kinds.insert(kind(flag, &word)?, f)),
+        }
+    }
+    Ok(out)
+}
+
+/// `kind=N` pairs, N a whole number.
+pub(super) fn kind_widths(flag: &str, text: &str) -> Result<BTreeMap<Kind, usize>, Failure> {
+    let number = |value: &str| {
+        let parsed = value.trim().parse::<usize>().ok().filter(|n| *n > 0);
+        parsed.ok_or_else(|| Failure::bad("V0002", None, format!("{flag}: '{value}' must be a whole number, 1 or more")))
+    };
+    pairs(flag, text, number)?.into_iter().map(|(word, n)| Ok((kind(flag, &word)?, n))).collect()
 }
 
 /// `kind=number` pairs, each 0 or more.
@@ -207,13 +226,13 @@ pub(super) fn kind_amounts(flag: &str, text: &str) -> Result<BTreeMap<Kind, f64>
     pairs(flag, text, number)?.into_iter().map(|(word, x)| Ok((kind(flag, &word)?, x))).collect()
 }
 
-/// `macs=0.5,params=0.5`: (macs, params).
-pub(super) fn budget(text: &str) -> Result<(Option<f64>, Option<f64>), Failure> {
-    let parts = fractions("--budget", text)?;
-    if let Some(unknown) = parts.keys().find(|k| !matches!(k.as_str(), "macs" | "params")) {
-        return Err(Failure::bad("V0002", None, format!("--budget: unknown '{unknown}'; budgets are macs, params")));
-    }
-    Ok((parts.get("macs").copied(), parts.get("params").copied()))
+/// `macs=0.5,params=0.5,bytes=0.5`, each where it is given.
+pub(super) fn budget(text: &str) -> Result<Targets, Failure> {
+    let measure = |word: &str| {
+        let unknown = || Failure::bad("V0002", None, format!("--budget: unknown '{word}'; budgets are macs, params, bytes"));
+        Measure::ALL.into_iter().find(|m| m.as_str() == word).ok_or_else(unknown)
+    };
+    fractions("--budget", text)?.into_iter().map(|(word, f)| Ok((measure(&word)?, f))).collect()
 }
 
 /// `ort,tract`; all runtimes of this build where it is not given.
@@ -248,5 +267,12 @@ mod tests {
         assert_eq!(kind_amounts("--l1", "mlp=2").ok(), Some(BTreeMap::from([(Kind::Mlp, 2.0)])));
         assert!(kind_amounts("--l1", "mlp=-1").is_err());
         assert!(budget("macs=0.5,latency=1").is_err());
+        assert_eq!(budget("macs=0.5,bytes=60%").ok(), Some(Targets::from([(Measure::Macs, 0.5), (Measure::Bytes, 0.6)])));
+        let kept = unit_fractions("--keep", "mlp=0.5,qk.3=0.25").ok();
+        let groups = BTreeMap::from([("qk.3".to_string(), 0.25)]);
+        assert_eq!(kept, Some(Fractions { groups, ..Fractions::from([(Kind::Mlp, 0.5)]) }));
+        assert!(unit_fractions("--keep", "qq.3=0.5").is_err() && unit_fractions("--keep", "qk.x=0.5").is_err());
+        assert_eq!(kind_widths("--min-width", "mlp=64").ok(), Some(BTreeMap::from([(Kind::Mlp, 64)])));
+        assert!(kind_widths("--min-width", "mlp=0.5").is_err());
     }
 }

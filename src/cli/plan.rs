@@ -1,7 +1,7 @@
 //! `vitrim plan`: scores and a budget to the units that stay.
 
 use super::failure::Failure;
-use super::options::{ForceArgs, SizeArgs, budget, kind_fractions, kinds};
+use super::options::{ForceArgs, SizeArgs, budget, kind_widths, kinds, unit_fractions};
 use super::score::By;
 use super::slice::write_plan;
 use super::talk::Talk;
@@ -9,9 +9,8 @@ use super::{Verdict, interrupt, print_json};
 use crate::anatomy::Kind;
 use crate::onnx;
 use crate::pipeline::{self, Model};
-use crate::plan::{Ask, Layout, Plan};
+use crate::plan::{Ask, Layout, Limits, Measure, Plan, Promised};
 use crate::score::Scores;
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Kinds that a budget may cut.
@@ -37,6 +36,30 @@ impl From<HeadLayout> for Layout {
     }
 }
 
+/// What limits widths.
+#[derive(Debug, clap::Args)]
+pub(super) struct WidthArgs {
+    /// Widths are multiples of this; heads of widths of their own (--layout grouped) take 8 where it is not given
+    #[arg(long, default_value_t = 1)]
+    round: usize,
+    /// Least width by kind: dims of a head, units of an MLP, tokens; e.g. qk=8,mlp=64
+    #[arg(long, value_name = "KIND=N,..")]
+    min_width: Option<String>,
+    /// Leave alone the groups whose id contains this
+    #[arg(long, value_name = "PATTERN")]
+    protect: Vec<String>,
+}
+
+impl WidthArgs {
+    /// As the plan takes them.
+    pub(super) fn limits(&self, model: &Model, layout: Layout) -> Result<Limits, Failure> {
+        let min_widths = self.min_width.as_deref().map_or(Ok(Default::default()), |text| kind_widths("--min-width", text))?;
+        let ids = model.anatomy.groups.iter().map(|g| &g.id);
+        let protected = ids.filter(|id| self.protect.iter().any(|p| id.contains(p.as_str()))).cloned().collect();
+        Ok(Limits { round: self.round, min_widths, protected, layout, ..Limits::default() })
+    }
+}
+
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("what").required(true).args(["keep", "budget"])))]
 #[command(group(clap::ArgGroup::new("source").required(true).args(["by", "scores", "run"])))]
@@ -52,11 +75,11 @@ pub(super) struct Args {
     /// Score units by the gates of a run
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
-    /// Fraction of the units of each kind to keep, e.g. mlp=0.5,qk=0.5,vo=0.75
+    /// Fraction of the units of each kind, or of one group, to keep, e.g. mlp=0.5,qk=0.5,vo=0.75,qk.3=1
     #[arg(long, value_name = "KIND=F,..")]
     keep: Option<String>,
-    /// Fraction of the cost to keep: macs=0.5, params=0.5, or both
-    #[arg(long, value_name = "macs=F,params=F")]
+    /// Fraction of the cost to keep, met from below: macs=0.5, params=0.5, bytes=0.5 (of the constants), or several
+    #[arg(long, value_name = "macs=F,..")]
     budget: Option<String>,
     /// Kinds that a budget may cut [default: mlp,qk,vo,channel, and token where a run searched tokens]
     #[arg(long, value_name = "KIND,..")]
@@ -64,12 +87,8 @@ pub(super) struct Args {
     /// How the heads of a layer may differ
     #[arg(long, value_enum, default_value_t = HeadLayout::Equal)]
     layout: HeadLayout,
-    /// Widths are multiples of this; with --layout grouped 8 where it is not given
-    #[arg(long, default_value_t = 1)]
-    round: usize,
-    /// Leave alone the groups whose id contains this
-    #[arg(long, value_name = "PATTERN")]
-    protect: Vec<String>,
+    #[command(flatten)]
+    widths: WidthArgs,
     /// Seed of random scores
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -97,8 +116,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         // Scores of tokens can be compared with others only where both were searched.
         kinds.extend(scores.groups.keys().any(|id| id.starts_with(Kind::Token.as_str())).then_some(Kind::Token));
     }
-    let mut plan =
-        pipeline::make_plan(&model, &scores, &ask, &asked, args.round, protected(&model, &args.protect), args.layout.into())?;
+    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, &args.widths.limits(&model, args.layout.into())?)?;
     plan.seed = args.seed;
     {
         let _guard = interrupt::writing();
@@ -112,28 +130,47 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     Ok(Verdict::Done)
 }
 
-/// One line: what was asked and what comes of it.
+/// What was asked and what comes of it, and how it was decided.
 pub(super) fn promise(plan: &Plan) -> String {
-    let p = &plan.budget.promised;
-    let share = |b: &crate::plan::BeforeAfter| 100.0 * b.after as f64 / b.before.max(1) as f64;
-    let macs = p.macs.as_ref().map_or("MACs unknown".to_string(), |m| format!("MACs {:.1} %", share(m)));
-    format!("asked {}; promised params {:.1} %, {macs}; {} groups cut", plan.budget.asked, share(&p.params), plan.kept().len())
+    let b = &plan.budget;
+    let mut text = format!("asked {}; promised {}; {} groups cut", b.asked, shares(&b.promised), plan.kept().len());
+    if let Some(a) = &b.allocation {
+        let other = a.dynamic_loss.map_or(String::new(), |loss| format!(", dynamic program {loss:.5}"));
+        text += &format!("; predicted loss ({} curves): greedy {:.5}{other}; taken: {}", a.curves, a.greedy_loss, a.way.as_str());
+    }
+    if let Some(note) = &b.note {
+        text += &format!("; {note}");
+    }
+    text
 }
 
-/// Ids of the groups that contain one of the patterns.
-pub(super) fn protected(model: &Model, patterns: &[String]) -> BTreeSet<String> {
-    let ids = model.anatomy.groups.iter().map(|g| &g.id);
-    ids.filter(|id| patterns.iter().any(|p| id.contains(p.as_str()))).cloned().collect()
+/// What is left of each measure.
+fn shares(cost: &Promised) -> String {
+    let one = |m: Measure| cost.share(m).map(|share| format!("{} {:.1} %", m.name(), share * 100.0));
+    Measure::ALL.into_iter().filter_map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// The budget of a plan beside what was counted on the result: JSON, and one line.
+pub(super) fn asked_promised_got(plan: &Plan, got: &Promised) -> (serde_json::Value, String) {
+    // A plan that was written by hand may promise nothing.
+    let promised = Some(&plan.budget.promised).filter(|p| p.params.before > 0);
+    let asked = Some(plan.budget.asked.as_str()).filter(|a| !a.is_empty());
+    let line = format!(
+        "asked {}; promised {}; got {}",
+        asked.unwrap_or("by hand"),
+        promised.map_or("nothing".to_string(), shares),
+        shares(got)
+    );
+    (serde_json::json!({ "asked": asked, "promised": promised, "got": got }), line)
 }
 
 /// What is asked for, and its text.
 pub(super) fn ask(keep: Option<&str>, budget_text: Option<&str>, kind_words: &str) -> Result<(Ask, String), Failure> {
     if let Some(keep) = keep {
-        return Ok((Ask::Fractions(kind_fractions("--keep", keep)?), keep.to_string()));
+        return Ok((Ask::Fractions(unit_fractions("--keep", keep)?), keep.to_string()));
     }
     let text = budget_text.unwrap_or_default();
-    let (macs, params) = budget(text)?;
-    Ok((Ask::Budget { macs, params, kinds: kinds("--kinds", kind_words)? }, text.to_string()))
+    Ok((Ask::Budget { targets: budget(text)?, kinds: kinds("--kinds", kind_words)? }, text.to_string()))
 }
 
 fn scores(args: &Args, model: &Model) -> Result<Scores, Failure> {

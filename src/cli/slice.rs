@@ -3,6 +3,7 @@
 use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{ForceArgs, SizeArgs};
+use super::plan::asked_promised_got;
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json, print_text};
 use crate::onnx;
@@ -58,7 +59,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref())?;
     cut.warnings.iter().for_each(|w| talk.warn(w));
     let sliced = &cut.sliced;
-    let promised = pipeline::before_after(&model, sliced)?;
+    let got = pipeline::before_after(&model, sliced)?;
     {
         let _guard = interrupt::writing();
         onnx::save(&sliced.graph, &args.out, overwrite)?;
@@ -67,14 +68,16 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             write_plan(&plan_out, &cut.plan, onnx::Overwrite::Force)?;
         }
     }
+    let (budget, line) = asked_promised_got(&cut.plan, &got);
     let before_bytes = pipeline::file_bytes(&model);
     let after_bytes = pipeline::bytes_on_disk(&args.out);
     if args.json {
         print_json(&json!({
             "schema_version": crate::plan::SCHEMA_VERSION,
-            "params": promised.params,
-            "macs": promised.macs.map_or(json!({ "before": null, "after": null }), |m| json!(m)),
+            "params": got.params,
+            "macs": got.macs.map_or(json!({ "before": null, "after": null }), |m| json!(m)),
             "bytes": { "before": before_bytes, "after": after_bytes },
+            "budget": budget,
             "cuts": sliced.cuts,
             "cloned": sliced.cloned,
             "nodes": sliced.nodes,
@@ -84,11 +87,12 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             format!("{name:<10} {:>15} {:>15} {:>7.1} %\n", grouped(a), grouped(b), 100.0 * b as f64 / a.max(1) as f64)
         };
         let mut text = format!("{:<10} {:>15} {:>15} {:>9}\n", "", "before", "after", "left");
-        text += &row("params", promised.params.before, promised.params.after);
-        if let Some(m) = promised.macs {
+        text += &row("params", got.params.before, got.params.after);
+        if let Some(m) = got.macs {
             text += &row("MACs", m.before, m.after);
         }
         text += &row("bytes", before_bytes, after_bytes);
+        text += &format!("{line}\n");
         print_text(&text)?;
     }
     Ok(Verdict::Done)

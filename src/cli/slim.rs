@@ -4,7 +4,7 @@ use super::eval::share_words;
 use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, fraction, runtimes};
-use super::plan::{ask, promise, protected};
+use super::plan::{WidthArgs, ask, asked_promised_got, promise};
 use super::slice::{plan_path, write_plan};
 use super::talk::{Talk, clock};
 use super::train::{GateArgs, StepArgs, finetune_config, search_config};
@@ -15,7 +15,7 @@ use crate::eval::Accuracy;
 use crate::onnx::{self, shown};
 use crate::pipeline::slim::{Ended, Event, Forecast, Recipe, Slim, SlimData, Slimmed, default_kinds};
 use crate::pipeline::{self, Model};
-use crate::plan::Ask;
+use crate::plan::{Ask, Layout};
 use crate::runtime::RuntimeName;
 use crate::search::Config;
 use crate::verify::Floors;
@@ -48,10 +48,10 @@ pub(super) struct Args {
     /// The smaller model
     #[arg(short, value_name = "FILE")]
     out: PathBuf,
-    /// Fraction of the cost to keep: macs=0.5, params=0.5, or both [default: macs=0.5]
-    #[arg(long, value_name = "macs=F,params=F")]
+    /// Fraction of the cost to keep: macs=0.5, params=0.5, bytes=0.5 (of the constants), or several [default: macs=0.5]
+    #[arg(long, value_name = "macs=F,..")]
     budget: Option<String>,
-    /// Fraction of the units of each kind to keep, e.g. mlp=0.5,qk=0.5,vo=0.5,token=0.7
+    /// Fraction of the units of each kind, or of one group, to keep, e.g. mlp=0.5,qk=0.5,vo=0.5,token=0.7,qk.3=1
     #[arg(long, value_name = "KIND=F,..")]
     keep: Option<String>,
     /// Kinds that a budget may cut [default: mlp,qk,vo,channel, and token where it is searched]
@@ -75,12 +75,8 @@ pub(super) struct Args {
     /// Keep what did not verify as OUT.rejected.onnx
     #[arg(long)]
     keep_rejected: bool,
-    /// Widths are multiples of this
-    #[arg(long, default_value_t = 1)]
-    round: usize,
-    /// Leave alone the groups whose id contains this
-    #[arg(long, value_name = "PATTERN")]
-    protect: Vec<String>,
+    #[command(flatten)]
+    widths: WidthArgs,
     /// Passes over the data in fine-tuning
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     finetune_epochs: u32,
@@ -130,7 +126,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         if args.resume { Config::read(&run_dir).map_err(|e| Failure::of_file("V0901", &run_dir, e))? } else { Config::default() };
     if !args.resume {
         base.gates = match &ask {
-            Ask::Fractions(f) => f.keys().copied().collect(),
+            Ask::Fractions(f) => f.kinds_of(&model.anatomy).into_iter().collect(),
             Ask::Budget { kinds, .. } => kinds.iter().copied().collect(),
         };
     }
@@ -141,8 +137,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         model: &model,
         ask: &ask,
         asked: &asked,
-        round: args.round,
-        protected: protected(&model, &args.protect),
+        limits: args.widths.limits(&model, Layout::Equal)?,
         recipe,
         data: None,
         output: args.read.output.clone(),
@@ -364,14 +359,13 @@ fn finish(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
 
 /// A budget that the measured cost misses.
 fn missed(job: &Slim<'_>, s: &Slimmed) -> Option<String> {
-    let Ask::Budget { macs, params, .. } = job.ask else { return None };
-    let over = |what: &str, asked: &Option<f64>, cost: Option<&crate::plan::BeforeAfter>| {
-        let (asked, cost) = ((*asked)?, cost?);
-        let share = cost.after as f64 / cost.before.max(1) as f64;
+    let Ask::Budget { targets, .. } = job.ask else { return None };
+    targets.iter().find_map(|(measure, asked)| {
+        let share = s.cost.share(*measure)?;
+        let (name, share_percent) = (measure.name(), share * 100.0);
         (share > asked + 1e-9)
-            .then(|| format!("{what} are {:.2} % of the original, asked for {:.2} %", share * 100.0, asked * 100.0))
-    };
-    over("MACs", macs, s.cost.macs.as_ref()).or_else(|| over("params", params, Some(&s.cost.params)))
+            .then(|| format!("{name} are {share_percent:.2} % of the original, asked for {:.2} %", asked * 100.0))
+    })
 }
 
 fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Duration, bytes: Option<(u64, u64)>) -> Value {
@@ -397,6 +391,7 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         "plan": out.as_ref().map(|_| plan_path(&args.out).display().to_string()),
         "run": (job.recipe != Recipe::OneShot && !args.no_keep_run).then(|| run_dir.display().to_string()),
         "asked": job.asked,
+        "budget": asked_promised_got(&s.plan, &s.cost).0,
         "params": s.cost.params,
         "macs": s.cost.macs,
         "bytes": bytes.map(|(before, after)| json!({ "before": before, "after": after })),
@@ -462,5 +457,5 @@ fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
     }
     let mut engines: Vec<String> = s.verdict.checks.iter().map(|c| format!("{} {}", c.runtime, c.version)).collect();
     engines.dedup();
-    text + &format!("verified in {}\n", engines.join(", "))
+    text + &format!("verified in {}\n{}\n", engines.join(", "), asked_promised_got(&s.plan, &s.cost).1)
 }

@@ -20,6 +20,8 @@ pub struct Cost {
     pub params: u64,
     /// Unit: MACs per sample; `None` where a size is not known.
     pub macs: Option<u64>,
+    /// Unit: bytes of all constants as they are stored, those of subgraphs left out.
+    pub bytes: u64,
 }
 
 /// Sizes given for symbols, such as `height=224`.
@@ -43,6 +45,19 @@ pub fn params(graph: &Graph) -> u64 {
     initializers + in_nodes.sum::<u64>()
 }
 
+/// Unit: bytes that a constant takes in the file.
+fn stored_bytes(tensor: &Tensor) -> u64 {
+    match tensor.dtype.bits() {
+        0 => tensor.bytes.len() as u64,
+        bits => (tensor.element_count() * bits).div_ceil(8) as u64,
+    }
+}
+
+/// Unit: bytes of initializers and tensors of Constant nodes.
+fn bytes(graph: &Graph) -> u64 {
+    graph.values().filter_map(|(v, _)| graph.constant(v)).map(|t| stored_bytes(&t)).sum()
+}
+
 /// The size of a symbol: as given, or 1 where it leads a graph input (the batch).
 fn symbol_size(graph: &Graph, sizes: &Sizes, name: &str) -> Option<i64> {
     let leads = |v: &ValueId| {
@@ -55,7 +70,7 @@ fn symbol_size(graph: &Graph, sizes: &Sizes, name: &str) -> Option<i64> {
 /// Counts a graph as it is.
 pub fn count(graph: &Graph, facts: &Facts, sizes: &Sizes) -> Cost {
     let shape = |v: ValueId| facts.shape(v).map(<[_]>::to_vec);
-    Cost { params: params(graph), macs: macs(graph, &shape, sizes) }
+    Cost { params: params(graph), macs: macs(graph, &shape, sizes), bytes: bytes(graph) }
 }
 
 /// MACs per sample with the shapes that `shape` gives.
@@ -122,6 +137,16 @@ struct Moving {
     whole: Option<u64>,
 }
 
+/// A constant with a cut axis.
+struct Stored {
+    dims: Vec<usize>,
+    /// The carrier that its first reader sees.
+    carrier: usize,
+    is_param: bool,
+    /// Unit: bits of one element.
+    bits: usize,
+}
+
 /// What a class bears on: numbers of operators and of constants.
 #[derive(Default)]
 struct Touched {
@@ -139,8 +164,7 @@ pub struct Model<'a> {
     tokens: BTreeMap<(ValueId, usize), (usize, usize, usize)>,
     whole: Cost,
     moving: Vec<Moving>,
-    /// Constants with a cut axis, and the carrier that their first reader sees.
-    constants: Vec<(Vec<usize>, usize)>,
+    constants: Vec<Stored>,
     by_class: BTreeMap<ClassId, Touched>,
     /// Operators with an axis that holds tokens, by the last site before it.
     by_layer: BTreeMap<usize, BTreeSet<usize>>,
@@ -164,7 +188,7 @@ impl<'a> Model<'a> {
             sizes: sizes.clone(),
             axes: axis_sizes(anatomy),
             tokens,
-            whole: Cost { params: params(graph), macs: Some(0) },
+            whole: Cost { params: params(graph), macs: Some(0), bytes: bytes(graph) },
             moving: Vec::new(),
             constants: Vec::new(),
             by_class: BTreeMap::new(),
@@ -204,7 +228,7 @@ impl<'a> Model<'a> {
 
     fn find_constants(&mut self, axes: &Axes) {
         for (v, value) in self.graph.values().filter(|(v, _)| self.graph.is_constant(*v)) {
-            let Some(t) = self.graph.constant(v).filter(|t| is_param(t.dtype, t.element_count())) else { continue };
+            let Some(t) = self.graph.constant(v) else { continue };
             let carriers = value.users().iter().filter_map(|u: &Use| axes.carrier_at(self.graph, u.node, Slot::In(u.slot)));
             let is_cut = |c: &usize| (0..t.dims.len()).any(|axis| self.axes.contains_key(&(*c, axis)));
             let Some(carrier) = carriers.into_iter().find(is_cut) else { continue };
@@ -213,7 +237,8 @@ impl<'a> Model<'a> {
                     self.by_class.entry(class).or_default().constants.insert(self.constants.len());
                 }
             }
-            self.constants.push((t.dims, carrier));
+            let is_param = is_param(t.dtype, t.element_count());
+            self.constants.push(Stored { dims: t.dims, carrier, is_param, bits: t.dtype.bits() });
         }
     }
 
@@ -281,41 +306,65 @@ impl<'a> Model<'a> {
         node_macs(self.graph, moving.node, moving.rule, &shape, &self.sizes)
     }
 
-    /// The cost where classes and the sequence have the given sizes. MACs are exact; parameters leave out copies that a cut may need
-    /// of constants shared by several readers.
+    /// The cost where classes and the sequence have the given sizes. MACs are exact; parameters and bytes leave out copies that a cut
+    /// may need of constants shared by several readers.
     pub fn under(&self, classes: &ClassSizes, tokens: &TokenCounts) -> Cost {
-        let by_class = || classes.keys().filter_map(|c| self.by_class.get(c));
-        let mut moving: BTreeSet<usize> = by_class().flat_map(|t| &t.moving).copied().collect();
-        if let Some((first, _)) = tokens.first_key_value() {
-            moving.extend(self.by_layer.range(first..).flat_map(|(_, numbers)| numbers));
+        self.less(&self.touched(classes.keys().copied(), tokens.keys().copied()), classes, tokens)
+    }
+
+    /// As [`Model::under`] where of everything that the sizes change only what `group` bears on is counted: for comparing sizes of
+    /// that group, at the sizes given for the others.
+    pub fn around(&self, group: &Group, classes: &ClassSizes, tokens: &TokenCounts) -> Cost {
+        let is_token = group.kind == Kind::Token;
+        let touched = self.touched((!is_token).then_some(group.leaf), is_token.then_some(group.layer));
+        self.less(&touched, classes, tokens)
+    }
+
+    fn touched(&self, classes: impl IntoIterator<Item = ClassId>, layers: impl IntoIterator<Item = usize>) -> Touched {
+        let mut out = Touched::default();
+        for touched in classes.into_iter().filter_map(|c| self.by_class.get(&c)) {
+            out.moving.extend(&touched.moving);
+            out.constants.extend(&touched.constants);
         }
-        let mut macs = self.whole.macs;
-        for number in moving {
-            let m = &self.moving[number];
+        if let Some(first) = layers.into_iter().min() {
+            out.moving.extend(self.by_layer.range(first..).flat_map(|(_, numbers)| numbers));
+        }
+        out
+    }
+
+    /// The whole cost, less what goes of some operators and constants.
+    fn less(&self, touched: &Touched, classes: &ClassSizes, tokens: &TokenCounts) -> Cost {
+        let mut cost = self.whole;
+        for number in &touched.moving {
+            let m = &self.moving[*number];
             let change = m.whole.zip(self.macs_of(m, classes, tokens));
-            macs = macs.zip(change).map(|(all, (before, after))| all - before + after);
+            cost.macs = cost.macs.zip(change).map(|(all, (before, after))| all - before + after);
         }
-        let mut params = self.whole.params;
-        for number in by_class().flat_map(|t| &t.constants).collect::<BTreeSet<_>>() {
-            let (dims, carrier) = &self.constants[*number];
-            let whole: usize = dims.iter().product();
-            let left = |(axis, d): (usize, &usize)| self.size(*carrier, axis, &Dim::from(*d), classes)?.size();
-            let after: usize = dims.iter().enumerate().map(|at| left(at).unwrap_or(*at.1)).product();
-            params -= (whole - after) as u64;
+        for number in &touched.constants {
+            let stored = &self.constants[*number];
+            let left = |(axis, d): (usize, &usize)| self.size(stored.carrier, axis, &Dim::from(*d), classes)?.size();
+            let whole: usize = stored.dims.iter().product();
+            let after: usize = stored.dims.iter().enumerate().map(|at| left(at).unwrap_or(*at.1)).product();
+            let bytes = |elements: usize| (elements * stored.bits).div_ceil(8);
+            cost.bytes -= (bytes(whole) - bytes(after)) as u64;
+            if stored.is_param {
+                cost.params -= (whole - after) as u64;
+            }
         }
-        Cost { params, macs }
+        cost
     }
 
     /// What the first step of a group saves: one coordinate of its class everywhere, or one token.
     pub fn first_step(&self, group: &Group) -> Cost {
         if group.kind == Kind::Token {
-            return Cost { params: 0, macs: self.per_token.get(&group.layer).copied().flatten() };
+            return Cost { params: 0, macs: self.per_token.get(&group.layer).copied().flatten(), bytes: 0 };
         }
         let left = group.class_size().saturating_sub(group.run);
         let after = self.under(&[(group.leaf, left)].into(), &TokenCounts::new());
         Cost {
             params: self.whole.params - after.params,
             macs: self.whole.macs.zip(after.macs).map(|(whole, after)| whole - after),
+            bytes: self.whole.bytes - after.bytes,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::data::Dataset;
 use crate::eval::Evaluation;
 use crate::graph::Graph;
 use crate::onnx::Loaded;
-use crate::plan::{Ask, Layout, Plan, Promised};
+use crate::plan::{Ask, Limits, Plan, Promised};
 use crate::runtime::{RuntimeName, SessionOptions};
 use crate::score::{self, Scores};
 use crate::search::{Config, FinetuneConfig, Finetuned, Outcome, Progress};
@@ -42,10 +42,8 @@ pub struct Slim<'a> {
     pub ask: &'a Ask,
     /// As the user wrote it.
     pub asked: &'a str,
-    /// Widths are multiples of this.
-    pub round: usize,
-    /// Groups that are left alone.
-    pub protected: BTreeSet<String>,
+    /// What limits the choice of units.
+    pub limits: Limits,
     /// How much is done.
     pub recipe: Recipe,
     /// The images, where there are any.
@@ -170,10 +168,10 @@ impl Slim<'_> {
     /// A plan by the size of weights. Tokens have none, so they go only where the budget needs them to.
     fn guess(&self) -> Result<Plan, Error> {
         let scores = score::magnitude(self.model.graph(), &self.model.anatomy);
-        if let Ask::Budget { macs, params, kinds } = self.ask {
+        if let Ask::Budget { targets, kinds } = self.ask {
             let kinds: BTreeSet<Kind> = kinds.iter().copied().filter(|k| *k != Kind::Token).collect();
-            let ask = Ask::Budget { macs: *macs, params: *params, kinds };
-            let plan = make_plan(self.model, &scores, &ask, self.asked, self.round, self.protected.clone(), Layout::Equal);
+            let ask = Ask::Budget { targets: targets.clone(), kinds };
+            let plan = make_plan(self.model, &scores, &ask, self.asked, &self.limits);
             if let Ok(plan) = plan {
                 return Ok(plan);
             }
@@ -182,7 +180,7 @@ impl Slim<'_> {
     }
 
     fn plan(&self, scores: &Scores) -> Result<Plan, Error> {
-        let mut plan = make_plan(self.model, scores, self.ask, self.asked, self.round, self.protected.clone(), Layout::Equal)?;
+        let mut plan = make_plan(self.model, scores, self.ask, self.asked, &self.limits)?;
         plan.seed = self.config.seed;
         Ok(plan)
     }

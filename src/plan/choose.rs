@@ -1,27 +1,99 @@
-//! The ranking, and where it is cut off.
+//! What is asked for, and the units that stay.
 
-use super::file::Layout;
+use super::budget::steps_for_budget;
+use super::curve::Losses;
+use super::file::{Allocation, Kept, Layout};
+use super::ladder::{Ladder, ladder};
 use crate::anatomy::{Anatomy, Group, Kind};
-use crate::axes::ClassId;
 use crate::cost::{Cost, Model};
 use crate::score::Scores;
-use crate::slice::cutset::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Ask {
-    /// A fraction of the units of each kind.
-    Fractions(BTreeMap<Kind, f64>),
-    /// A fraction of the MACs, of the parameters, or of both.
+    /// A fraction of the units.
+    Fractions(Fractions),
+    /// A fraction of the cost.
     Budget {
-        /// Fraction of the MACs to keep.
-        macs: Option<f64>,
-        /// Fraction of the parameters to keep.
-        params: Option<f64>,
+        /// What to keep of each measure; all of them hold.
+        targets: Targets,
         /// Kinds that may be cut.
         kinds: BTreeSet<Kind>,
     },
+}
+
+/// Fractions of the units to keep.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Fractions {
+    /// By kind.
+    pub kinds: BTreeMap<Kind, f64>,
+    /// By group id; these come before those of the kind.
+    pub groups: BTreeMap<String, f64>,
+}
+
+impl<const N: usize> From<[(Kind, f64); N]> for Fractions {
+    fn from(kinds: [(Kind, f64); N]) -> Self {
+        Self { kinds: kinds.into(), groups: BTreeMap::new() }
+    }
+}
+
+impl Fractions {
+    /// Kinds that it speaks of.
+    pub fn kinds_of(&self, anatomy: &Anatomy) -> BTreeSet<Kind> {
+        let alone = anatomy.groups.iter().filter(|g| self.groups.contains_key(&g.id)).map(|g| g.kind);
+        self.kinds.keys().copied().chain(alone).collect()
+    }
+
+    fn of(&self, group: &Group) -> Option<f64> {
+        self.groups.get(&group.id).or_else(|| self.kinds.get(&group.kind)).copied()
+    }
+}
+
+/// What a budget counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Measure {
+    /// Multiply-accumulates per sample.
+    Macs,
+    /// Parameters.
+    Params,
+    /// Bytes of constants as they are stored.
+    Bytes,
+}
+
+/// Fractions of the cost to keep.
+pub type Targets = BTreeMap<Measure, f64>;
+
+impl Measure {
+    /// All measures.
+    pub const ALL: [Measure; 3] = [Measure::Macs, Measure::Params, Measure::Bytes];
+
+    /// The word of a budget: `macs`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Measure::Macs => "macs",
+            Measure::Params => "params",
+            Measure::Bytes => "bytes",
+        }
+    }
+
+    /// As a sentence names it: `MACs`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Measure::Macs => "MACs",
+            Measure::Params | Measure::Bytes => self.as_str(),
+        }
+    }
+
+    /// A cost as a fraction of the whole; 0 where it is not known.
+    pub(super) fn share(self, cost: &Cost, whole: &Cost) -> f64 {
+        let (part, whole) = match self {
+            Measure::Macs => (cost.macs.unwrap_or(0), whole.macs.unwrap_or(0)),
+            Measure::Params => (cost.params, whole.params),
+            Measure::Bytes => (cost.bytes, whole.bytes),
+        };
+        part as f64 / whole.max(1) as f64
+    }
 }
 
 /// What limits the choice.
@@ -35,6 +107,20 @@ pub struct Limits {
     pub pinned: BTreeMap<String, Vec<usize>>,
     /// How the heads of a layer may differ.
     pub layout: Layout,
+    /// Dims of each head, or units, that must stay, by kind.
+    pub min_widths: BTreeMap<Kind, usize>,
+    /// What widths lose: where it is given, a budget is met by it, and scores say only which units of a group go first. Groups that
+    /// it does not know are left alone.
+    pub losses: Option<Losses>,
+}
+
+/// What was chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    /// Units that stay, of the groups that lose some.
+    pub kept: Kept,
+    /// How losses decided, where they did.
+    pub allocation: Option<Allocation>,
 }
 
 /// Why no plan could be made.
@@ -50,7 +136,7 @@ pub enum ChooseError {
     /// The budget is below what the parts that stay cost.
     #[error("smallest possible is {} % of {what}; asked for {} %", percent(*smallest), percent(*asked))]
     Unreachable {
-        /// `MACs` or `params`.
+        /// `MACs`, `params` or `bytes`.
         what: &'static str,
         /// Unit: percent.
         smallest: f64,
@@ -60,6 +146,15 @@ pub enum ChooseError {
     /// MACs are not known.
     #[error("a size of the model is not known, so MACs cannot be counted: give it with --size NAME=N")]
     UnknownMacs,
+    /// A fraction is asked of a group that is not there.
+    #[error("--keep: the model has no group '{0}'; see vitrim inspect")]
+    UnknownGroup(String),
+    /// No group that may be cut has a curve.
+    #[error("no group that may be cut has a curve of losses; the curves know {known}")]
+    NoCurve {
+        /// Groups that have one.
+        known: String,
+    },
     /// A group has no scores, or another number of them.
     #[error("scores of group '{group}' have {found} entries, the group has {units} units")]
     ScoresDiffer {
@@ -80,42 +175,42 @@ fn percent(x: f64) -> String {
     }
 }
 
-/// Widths of heads of their own are multiples of this where nothing else is asked: few widths, so few products.
-const WIDTHS_ROUND: usize = 8;
-
-/// The steps of one group: what goes first, one dim of every head at a time; or of one head, where heads have widths of their own.
-struct Ladder<'a> {
-    group: &'a Group,
-    /// Where each head has a width of its own: widths are multiples of this.
-    own_widths: Option<usize>,
-    /// Steps in the order of removal: units that go, and their score.
-    steps: Vec<(Vec<usize>, f64)>,
-}
-
 /// Chooses the units that stay.
-pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, model: &Model<'_>) -> Result<Kept, ChooseError> {
-    let kinds: BTreeSet<Kind> = match ask {
-        Ask::Fractions(f) => f.keys().copied().collect(),
-        Ask::Budget { kinds, .. } => kinds.clone(),
-    };
-    let mut kinds = kinds;
-    if let (Layout::Drop, Ask::Budget { .. }) = (limits.layout, ask) {
-        kinds.insert(Kind::Head);
-    }
+pub fn choose(anatomy: &Anatomy, scores: &Scores, ask: &Ask, limits: &Limits, model: &Model<'_>) -> Result<Chosen, ChooseError> {
     let scores = &scores_of_heads(anatomy, scores, limits.layout);
-    let wanted = |g: &&Group| kinds.contains(&g.kind) && !limits.protected.contains(&g.id);
-    let ladders = anatomy.groups.iter().filter(wanted).map(|g| ladder(g, scores, limits)).collect::<Result<Vec<_>, _>>()?;
+    let may_go = |g: &Group| match ask {
+        Ask::Fractions(f) => f.of(g).is_some(),
+        Ask::Budget { kinds, .. } => kinds.contains(&g.kind) || limits.layout == Layout::Drop && g.kind == Kind::Head,
+    };
+    if let Ask::Fractions(f) = ask
+        && let Some(id) = f.groups.keys().find(|id| anatomy.groups.iter().all(|g| g.id != **id))
+    {
+        return Err(ChooseError::UnknownGroup(id.clone()));
+    }
+    let wanted = |g: &&Group| may_go(g) && !limits.protected.contains(&g.id);
+    let mut ladders = anatomy.groups.iter().filter(wanted).map(|g| ladder(g, scores, limits)).collect::<Result<Vec<_>, _>>()?;
     if ladders.iter().all(|l| l.steps.is_empty()) {
         return Err(nothing_to_cut(anatomy));
     }
-    let counts = match ask {
-        Ask::Fractions(f) => ladders.iter().map(|l| steps_for_fraction(l, f[&l.group.kind], limits)).collect(),
-        Ask::Budget { macs, params, .. } => steps_for_budget(&ladders, *macs, *params, limits, model)?,
+    let (counts, allocation) = match ask {
+        Ask::Fractions(f) => (ladders.iter().map(|l| steps_for_fraction(l, f.of(l.group).unwrap_or(1.0))).collect(), None),
+        Ask::Budget { targets, .. } => {
+            if let Some(losses) = &limits.losses {
+                let is_known =
+                    |l: &Ladder<'_>| losses.groups.get(&l.group.id).is_some_and(|p| p.iter().any(|(w, _)| *w < l.group.units()));
+                ladders.retain(is_known);
+                if ladders.is_empty() {
+                    let known: Vec<&str> = losses.groups.keys().map(String::as_str).take(5).collect();
+                    return Err(ChooseError::NoCurve { known: if known.is_empty() { "none".into() } else { known.join(", ") } });
+                }
+            }
+            steps_for_budget(&ladders, targets, limits.losses.as_ref(), model)?
+        }
     };
     let mut kept = kept_tokens(&ladders, &counts, scores, limits);
     let cut = ladders.iter().zip(&counts).filter(|(l, n)| **n > 0 && l.group.kind != Kind::Token);
     kept.extend(cut.map(|(l, n)| (l.group.id.clone(), l.kept(*n))));
-    Ok(kept)
+    Ok(Chosen { kept, allocation })
 }
 
 /// With layout `drop` a head is worth what its dims are worth, so that heads and dims compare.
@@ -148,229 +243,11 @@ fn nothing_to_cut(anatomy: &Anatomy) -> ChooseError {
     ChooseError::NothingToCut { reasons: if top.is_empty() { "no attention and no MLP".into() } else { top.join(", ") } }
 }
 
-fn ladder<'a>(group: &'a Group, scores: &Scores, limits: &Limits) -> Result<Ladder<'a>, ChooseError> {
-    let units = group.units();
-    let values = scores.groups.get(&group.id).map_or(&[][..], Vec::as_slice);
-    if values.len() != units {
-        return Err(ChooseError::ScoresDiffer { group: group.id.clone(), found: values.len(), units });
-    }
-    let pinned: BTreeSet<usize> = limits.pinned.get(&group.id).into_iter().flatten().copied().collect();
-    let (width, first_row) = (group.stored.len(), group.bundles());
-    let mut rows: Vec<Vec<(f64, Vec<usize>)>> = Vec::new();
-    for head in 0..group.nest_count() {
-        let mut bundles: Vec<(f64, Vec<usize>)> = Vec::new();
-        for (unit, bundle) in (head * width..).zip(&first_row) {
-            let bundle: Vec<usize> = bundle.iter().map(|u| head * width + u).collect();
-            if bundle[0] == unit && !bundle.iter().any(|u| pinned.contains(u)) {
-                bundles.push((bundle.iter().map(|u| f64::from(values[*u])).sum(), bundle));
-            }
-        }
-        // The weakest first; of equals the later one, so that the order does not depend on chance.
-        bundles.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| b.1.cmp(&a.1)));
-        rows.push(bundles);
-    }
-    let round = if limits.round > 1 { limits.round } else { WIDTHS_ROUND };
-    // Heads that a table for all of them meets, or that share their dims, stay alike.
-    let is_free = group.spread.is_empty() && group.sharers.is_empty() && group.run == 1;
-    let has_own = limits.layout == Layout::Grouped && group.nest.len() == 1 && group.nest_count() > 1 && is_free;
-    if let Some(round) = has_own.then_some(if width > round { round } else { 1 }) {
-        // Each head keeps its best dims.
-        let mut steps: Vec<(Vec<usize>, f64)> = rows
-            .into_iter()
-            .flat_map(|r| {
-                let n = r.len().saturating_sub(1);
-                r.into_iter().take(n)
-            })
-            .map(|(s, u)| (u, s))
-            .collect();
-        steps.sort_by(|a, b| a.1.total_cmp(&b.1).then_with(|| b.0.cmp(&a.0)));
-        return Ok(Ladder { group, own_widths: Some(round), steps });
-    }
-    let spare = usize::from(pinned.is_empty());
-    let step_count = rows.iter().map(Vec::len).min().unwrap_or(0).saturating_sub(spare);
-    let steps = (0..step_count)
-        .map(|n| {
-            let score = rows.iter().map(|r| r[n].0).sum();
-            (rows.iter().flat_map(|r| r[n].1.iter().copied()).collect(), score)
-        })
-        .collect();
-    Ok(Ladder { group, own_widths: None, steps })
-}
-
-impl Ladder<'_> {
-    /// Units that stay after `n` steps.
-    fn kept(&self, n: usize) -> Vec<usize> {
-        let mut gone: BTreeSet<usize> = self.steps[..n].iter().flat_map(|(units, _)| units.iter().copied()).collect();
-        if let Some(round) = self.own_widths {
-            // What went last of a head comes back until its width is a multiple.
-            let width = self.group.stored.len();
-            let mut left = vec![width; self.group.nest_count()];
-            gone.iter().for_each(|u| left[u / width] -= 1);
-            for (units, _) in self.steps[..n].iter().rev() {
-                let head = units[0] / width;
-                if !left[head].is_multiple_of(round) && left[head] < width {
-                    left[head] += units.len();
-                    units.iter().for_each(|u| {
-                        gone.remove(u);
-                    });
-                }
-            }
-        }
-        (0..self.group.units()).filter(|u| !gone.contains(u)).collect()
-    }
-
-    /// Stored dims per head after `n` steps; their mean, rounded up, where heads have widths of their own.
-    fn width_after(&self, n: usize) -> usize {
-        if self.own_widths.is_some() {
-            return self.kept(n).len().div_ceil(self.group.nest_count());
-        }
-        let heads = self.group.nest_count() * self.group.sharing();
-        let per_head = self.steps.first().map_or(1, |(u, _)| u.len() / heads.max(1));
-        self.group.width() - n * per_head
-    }
-
-    /// Positions of the class that `n` steps take away, per head.
-    fn lost(&self, n: usize) -> usize {
-        match self.own_widths {
-            None => n,
-            Some(_) => {
-                let per_step = self.steps.first().map_or(1, |(u, _)| u.len()).max(1);
-                (self.group.stored.len() - self.width_after(n)) / per_step
-            }
-        }
-    }
-
-    /// The greatest number of steps up to `n` that leaves a rounded width.
-    fn rounded(&self, n: usize, round: usize) -> usize {
-        if self.own_widths.is_some() || round <= 1 || self.group.width() < round {
-            return n;
-        }
-        (0..=n).rev().find(|m| self.width_after(*m).is_multiple_of(round)).unwrap_or(0)
-    }
-}
-
-fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64, limits: &Limits) -> usize {
+fn steps_for_fraction(ladder: &Ladder<'_>, fraction: f64) -> usize {
     let width = ladder.group.width();
     let target = (fraction * width as f64).round() as usize;
     let n = (0..=ladder.steps.len()).find(|n| ladder.width_after(*n) <= target).unwrap_or(ladder.steps.len());
-    ladder.rounded(n, limits.round)
-}
-
-/// All steps of all ladders, in the order of score per cost.
-fn ranking(ladders: &[Ladder<'_>], by_macs: bool, model: &Model<'_>) -> Vec<usize> {
-    let mut steps: Vec<(f64, usize, usize)> = Vec::new();
-    for (i, l) in ladders.iter().enumerate() {
-        if l.steps.is_empty() {
-            continue;
-        }
-        let step = model.first_step(l.group);
-        let saved = if by_macs { step.macs.unwrap_or(step.params) } else { step.params };
-        // A step of one head alone saves its share.
-        let saved = if l.own_widths.is_some() { saved / l.group.nest_count().max(1) as u64 } else { saved };
-        let mut floor = f64::NEG_INFINITY;
-        for (n, (_, score)) in l.steps.iter().enumerate() {
-            floor = floor.max(score / saved.max(1) as f64);
-            steps.push((floor, i, n));
-        }
-    }
-    steps.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.2.cmp(&b.2)).then(a.1.cmp(&b.1)));
-    steps.into_iter().map(|(_, i, _)| i).collect()
-}
-
-fn cost_after(ladders: &[Ladder<'_>], counts: &[usize], model: &Model<'_>) -> Cost {
-    let shortened = || ladders.iter().zip(counts).filter(|(_, n)| **n > 0);
-    let sizes: BTreeMap<ClassId, usize> = shortened()
-        .filter(|(l, _)| l.group.kind != Kind::Token)
-        .map(|(l, n)| (l.group.leaf, l.group.class_size() - l.lost(*n) * l.group.run))
-        .collect();
-    let tokens: BTreeMap<usize, usize> =
-        shortened().filter(|(l, _)| l.group.kind == Kind::Token).map(|(l, n)| (l.group.layer, l.width_after(*n))).collect();
-    model.under(&sizes, &tokens)
-}
-
-fn steps_for_budget(
-    ladders: &[Ladder<'_>],
-    macs: Option<f64>,
-    params: Option<f64>,
-    limits: &Limits,
-    model: &Model<'_>,
-) -> Result<Vec<usize>, ChooseError> {
-    let whole = cost_after(ladders, &vec![0; ladders.len()], model);
-    if macs.is_some() && whole.macs.is_none() {
-        return Err(ChooseError::UnknownMacs);
-    }
-    let order = ranking(ladders, macs.is_some(), model);
-    let counts_at = |taken: usize| -> Vec<usize> {
-        let mut counts = vec![0; ladders.len()];
-        for i in &order[..taken] {
-            counts[*i] += 1;
-        }
-        counts.iter().zip(ladders).map(|(n, l)| l.rounded(*n, limits.round)).collect()
-    };
-    let met = |taken: usize| within(&cost_after(ladders, &counts_at(taken), model), &whole, macs, params);
-    if !met(order.len()) {
-        let (m, p) = shares(&cost_after(ladders, &counts_at(order.len()), model), &whole);
-        return Err(match macs.filter(|f| m > *f) {
-            Some(f) => ChooseError::Unreachable { what: "MACs", smallest: m * 100.0, asked: f * 100.0 },
-            None => ChooseError::Unreachable { what: "params", smallest: p * 100.0, asked: params.unwrap_or(0.0) * 100.0 },
-        });
-    }
-    let (mut low, mut high) = (0, order.len());
-    while low < high {
-        let middle = (low + high) / 2;
-        if met(middle) { high = middle } else { low = middle + 1 }
-    }
-    let counts = counts_at(high);
-    if high == 0 || limits.round > 1 {
-        return Ok(counts);
-    }
-    Ok(come_closer(ladders, &order, high, counts, &|counts| {
-        let cost = cost_after(ladders, counts, model);
-        (within(&cost, &whole, macs, params), cost)
-    }))
-}
-
-/// One step may overshoot by far (a token of an early layer). Going on without it, and without others that overshoot, may come
-/// closer to the budget.
-fn come_closer(
-    ladders: &[Ladder<'_>],
-    order: &[usize],
-    taken: usize,
-    counts: Vec<usize>,
-    try_out: &dyn Fn(&[usize]) -> (bool, Cost),
-) -> Vec<usize> {
-    const TRIALS_MAX: usize = 400;
-    let size = |c: &Cost| (c.macs, c.params);
-    let mut best = (size(&try_out(&counts).1), counts);
-    let mut current = vec![0; ladders.len()];
-    for i in &order[..taken - 1] {
-        current[*i] += 1;
-    }
-    for i in order[taken - 1..].iter().take(TRIALS_MAX) {
-        if current[*i] >= ladders[*i].steps.len() {
-            continue;
-        }
-        let mut trial = current.clone();
-        trial[*i] += 1;
-        let (met, cost) = try_out(&trial);
-        if !met {
-            current = trial;
-        } else if size(&cost) > best.0 {
-            best = (size(&cost), trial);
-        }
-    }
-    best.1
-}
-
-/// Whether a cost meets the budget.
-fn within(cost: &Cost, whole: &Cost, macs: Option<f64>, params: Option<f64>) -> bool {
-    let (m, p) = shares(cost, whole);
-    macs.is_none_or(|f| m <= f) && params.is_none_or(|f| p <= f)
-}
-
-/// MACs and parameters as fractions of the whole.
-fn shares(cost: &Cost, whole: &Cost) -> (f64, f64) {
-    (cost.macs.zip(whole.macs).map_or(0.0, |(a, b)| a as f64 / b as f64), cost.params as f64 / whole.params.max(1) as f64)
+    ladder.rounded(n)
 }
 
 /// Kept tokens, layer by layer: of those that the layer before kept, the best by the layer's own scores.

@@ -1,13 +1,16 @@
 //! plan.json: which units stay, and why. It can be written by hand, diffed, and applied again.
 
+use super::choose::Measure;
 use crate::anatomy::{Anatomy, Group, Kind};
-use crate::slice::cutset::Kept;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The version of the JSON names that this build writes and reads.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// Units kept of each group that loses some.
+pub type Kept = BTreeMap<String, Vec<usize>>;
 
 /// Which units of which groups stay.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,8 +66,47 @@ fn original() -> String {
 pub struct Budget {
     /// As asked: `macs=0.5`, `mlp=0.5,qk=0.5`.
     pub asked: String,
-    /// Parameters and MACs, before and after.
+    /// Parameters, MACs and bytes, before and after.
     pub promised: Promised,
+    /// How curves of losses decided, where they did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<Allocation>,
+    /// What the widths did not allow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// How curves of losses decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Allocation {
+    /// Where the curves come from: `measured`, `predicted`.
+    pub curves: String,
+    /// The way that was taken.
+    pub way: Way,
+    /// Loss that the curves predict of the greedy way.
+    pub greedy_loss: f64,
+    /// Loss that the curves predict of the dynamic program; absent where it found nothing.
+    pub dynamic_loss: Option<f64>,
+}
+
+/// A way to meet a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Along the convex hulls of loss against cost.
+    Greedy,
+    /// Dynamic programming over what is saved.
+    Dynamic,
+}
+
+impl Way {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Way::Greedy => "greedy",
+            Way::Dynamic => "dynamic",
+        }
+    }
 }
 
 /// Cost before and after.
@@ -74,6 +116,21 @@ pub struct Promised {
     pub params: BeforeAfter,
     /// MACs per sample; absent where a size is not known.
     pub macs: Option<BeforeAfter>,
+    /// Bytes of constants as they are stored; absent in plans that did not count them.
+    #[serde(default)]
+    pub bytes: Option<BeforeAfter>,
+}
+
+impl Promised {
+    /// What is left of a measure, as a fraction; `None` where it is not known.
+    pub fn share(&self, measure: Measure) -> Option<f64> {
+        let count = match measure {
+            Measure::Macs => self.macs,
+            Measure::Params => Some(self.params),
+            Measure::Bytes => self.bytes,
+        };
+        count.map(|c| c.after as f64 / c.before.max(1) as f64)
+    }
 }
 
 /// A number before and after a cut.

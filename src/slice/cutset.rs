@@ -6,10 +6,8 @@
 use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::{AxisOf, CarrierId, ClassId, Region};
 use crate::graph::Use;
+use crate::plan::Kept;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Units kept of each group that loses some.
-pub type Kept = BTreeMap<String, Vec<usize>>;
 
 /// Why units cannot be removed as asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -9,7 +9,7 @@ use crate::anatomy::{Anatomy, FIXED, Kind, TokenSite};
 use crate::graph::{Graph, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops::{self, Refit};
-use crate::slice::cutset::Kept;
+use crate::plan::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Tokens that stay at each site that loses some, in the order of layers: a token that is gone stays gone.

@@ -10,7 +10,7 @@ use crate::graph::build::Builder;
 use crate::graph::{DType, Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
 use crate::ops::quantize::values;
-use crate::slice::cutset::Kept;
+use crate::plan::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a key logit of a removed token gets: far below every real logit, and finite in float16.

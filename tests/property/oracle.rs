@@ -11,8 +11,8 @@ use vitrim::axes::ClassId;
 use vitrim::data::array::Array;
 use vitrim::graph::{Graph, Tensor, Use};
 use vitrim::pipeline::analyse;
+use vitrim::plan::Kept;
 use vitrim::runtime::{Optimize, RuntimeName, SessionOptions, open};
-use vitrim::slice::cutset::Kept;
 use vitrim::slice::{self, Sliced};
 
 /// Largest difference, relative to the largest value of an output.
