@@ -155,6 +155,31 @@ impl Group {
         let row = self.nest.iter().try_fold(0, |row, (class, size)| Some(row * size + region.coordinate(offset, *class)?))?;
         Some((row, leaf))
     }
+
+    /// For each position of an axis of `size`, the unit that it belongs to: `(row of the nest, coordinate of the leaf)`.
+    ///
+    /// Several cases may give one position different units only where the axis is cut differently in each; the first one counts.
+    pub fn tags(&self, axes: &Axes, at: AxisOf, size: usize) -> Vec<Option<(usize, usize)>> {
+        let mut tags = vec![None; size];
+        for region in axes.regions(at) {
+            for (offset, position) in region.positions.iter().enumerate() {
+                if tags[*position].is_none() {
+                    tags[*position] = self.locate(&region, offset);
+                }
+            }
+        }
+        tags
+    }
+
+    /// The operands of a place where the class is summed over, with the units along their axes: activations and weights alike. Those
+    /// that a fused operator has only inside itself, and those whose positions are not told apart, are missing.
+    pub fn operands(&self, graph: &Graph, facts: &Facts, axes: &Axes, sink: &SinkSite) -> Vec<Site> {
+        let one = |(slot, _): (Slot, usize)| match slot {
+            Slot::In(number) => operand(graph, facts, axes, self, Use { node: sink.node, slot: number }),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        };
+        std::iter::once(sink.a).chain(sink.b).filter_map(one).collect()
+    }
 }
 
 /// Builds the group of a class that can be cut; `None` where its shape turns out not to be understood.
@@ -253,20 +278,26 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         is_inside || (computed && is_hidden_in_constants(graph, axes, group))
     };
     let mut best: Option<Site> = None;
-    for (number, carrier) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
-        let rank = axes.carriers()[carrier].shape.len();
-        let holds = |axis: &usize| {
-            let on = axes.classes_on((carrier, *axis));
-            on.contains(&group.leaf) || group.nest.iter().chain(&group.sharers).any(|(c, _)| on.contains(c))
-        };
-        let gate_axes: Vec<usize> = (0..rank).filter(holds).collect();
-        let index = site_index(facts, axes, group, carrier, &gate_axes, graph.node(node).input(number)?);
-        let Some(index) = index.filter(|i| i.iter().any(Option::is_some)) else { continue };
-        if best.as_ref().is_none_or(|b| b.index.len() < index.len()) {
-            best = Some(Site { at: Use { node, slot: number }, axes: gate_axes, index });
+    let served = data.into_iter().map(|(n, _)| n).chain(constant.into_iter().map(|(n, _)| n).filter(serves));
+    for number in served {
+        let Some(site) = operand(graph, facts, axes, group, Use { node, slot: number }) else { continue };
+        if best.as_ref().is_none_or(|b| b.index.len() < site.index.len()) {
+            best = Some(site);
         }
     }
     best
+}
+
+/// An input of a node, with the units along the axes that hold the group; `None` where there are none.
+fn operand(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, at: Use) -> Option<Site> {
+    let carrier = axes.carrier_at(graph, at.node, Slot::In(at.slot))?;
+    let holds = |axis: &usize| {
+        let on = axes.classes_on((carrier, *axis));
+        on.contains(&group.leaf) || group.nest.iter().chain(&group.sharers).any(|(c, _)| on.contains(c))
+    };
+    let gate_axes: Vec<usize> = (0..axes.carriers()[carrier].shape.len()).filter(holds).collect();
+    let index = site_index(facts, axes, group, carrier, &gate_axes, graph.node(at.node).input(at.slot)?)?;
+    index.iter().any(Option::is_some).then_some(Site { at, axes: gate_axes, index })
 }
 
 /// Whether the group is what lies between two weights of an MLP over constants. Most that is computed from constants is none: object
@@ -425,19 +456,4 @@ pub(super) fn ends_in_weight(axes: &Axes, class: &Class) -> bool {
 /// Whether a weight of the class belongs to a convolution.
 pub(super) fn is_convolutional(graph: &Graph, axes: &Axes, class: ClassId) -> bool {
     axes.classes()[class].sinks.iter().any(|s| graph.node(s.node).op().contains("Conv"))
-}
-
-/// For each position of an axis, the units of a group that it belongs to: `(row of the nest, coordinate of the leaf)`.
-///
-/// Several cases may give one position different units only where the axis is cut differently in each; the first one counts.
-pub fn unit_tags(axes: &Axes, group: &Group, at: AxisOf, size: usize) -> Vec<Option<(usize, usize)>> {
-    let mut tags = vec![None; size];
-    for region in axes.regions(at) {
-        for (offset, position) in region.positions.iter().enumerate() {
-            if tags[*position].is_none() {
-                tags[*position] = group.locate(&region, offset);
-            }
-        }
-    }
-    tags
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::{Digest, Sha256};
 
 use super::array::{Array, ArrayData, ArrayKind};
+use super::chance::shuffled;
 use super::config::ImageSize;
 use super::decode::{ImageFault, decode};
 use super::npz::{Npz, missing_key};
@@ -156,6 +157,14 @@ impl Dataset {
     pub fn select(&self, positions: &[usize]) -> Dataset {
         let picks = positions.iter().filter_map(|p| self.picks.get(*p)).copied().collect();
         Dataset { shared: Arc::clone(&self.shared), picks: Arc::new(picks) }
+    }
+
+    /// `count` samples that a seed picks, in the order of the data; all where there are not more.
+    pub fn sample(&self, count: usize, seed: u64) -> Dataset {
+        let mut picks = shuffled(self.len(), seed, 0);
+        picks.truncate(count);
+        picks.sort_unstable();
+        self.select(&picks)
     }
 
     /// Two parts, of which the second has `share` of the samples, at least one and at most 2,000: every n-th, which in folders sorted
