@@ -84,7 +84,7 @@ fn gated(
     let is_classes = value.is_some_and(holds_classes);
     let options = Options {
         per_sample: true,
-        loss: if is_classes { Loss::Ce } else { Loss::Mse },
+        loss: if is_classes { Loss::SoftCe } else { Loss::Mse },
         loss_outputs: value.into_iter().collect(),
         ..Options::default()
     };

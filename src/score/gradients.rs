@@ -1,10 +1,9 @@
 //! Per-sample gradients of the gates -> Scores: `fisher`, diagonal or by blocks, and `taylor`.
 //!
-//! In: a training graph whose gates have a batch axis, the model that it was made of, and images without labels. What the gradient is
-//! taken of is drawn from the model itself, image by image: for class scores a label from their softmax and its cross entropy, for
-//! other outputs `y + e` with Gaussian e and the squared error. So F is the Hessian, at gate 1, of the KL divergence from the original
-//! (of the squared error), whatever the labels of the data are. With one row of gates per image, one backward pass gives
-//! `g[b, j] = dL_b / dm_j` for all images of a batch.
+//! In: a training graph whose gates have a batch axis, the model that it was made of, and images without labels. What the loss
+//! compares with is drawn from the model itself, image by image ([`super::target`]), so that the mean of `g g^T` is the Hessian, at
+//! gate 1, of the KL divergence from the original; of the squared error where no output holds class scores. With one row of gates per
+//! image, one backward pass gives `g[b, j] = dL_b / dm_j` for all images of a batch.
 //! Example: 256 images and 384 units of `mlp.0` are G `[256, 384]`; fisher is the mean of the squares of its columns.
 //! Memory: sums over images, but for `fisher` by blocks G itself, 4 bytes x images x units of all groups (57 MB for 256 images and the
 //! 55,000 units of a ViT-B). Sums in f64.
@@ -13,7 +12,7 @@
 
 use super::block;
 use super::images::{Images, MeasureError};
-use super::target::Draw;
+use super::target::{Draw, Output};
 use super::{Criterion, Scores};
 use crate::anatomy::Group;
 use crate::autodiff::Role;
@@ -97,11 +96,12 @@ fn feeds(
     };
     for spec in &net.inputs {
         let array = match spec.role {
-            Role::Input | Role::Param | Role::Moment => continue,
-            Role::Labels => draw.labels(&outputs[number(classes.unwrap_or_default())?].1, &batch.samples),
+            Role::Input | Role::Labels | Role::Param | Role::Moment => continue,
             Role::Target => {
-                let number = number(spec.name.strip_prefix("target.").unwrap_or(&spec.name))?;
-                draw.target(&outputs[number].1, number as u64, &batch.samples)
+                let name = spec.name.strip_prefix("target.").unwrap_or(&spec.name);
+                let number = number(name)?;
+                let of = if classes == Some(name) { Output::ClassScores } else { Output::Numbers };
+                draw.target(&outputs[number].1, of, number as u64, &batch.samples)
             }
             Role::Gate => {
                 let units = net.gates.iter().find(|g| g.input == spec.name).map_or(0, |g| g.units);
