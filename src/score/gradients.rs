@@ -8,7 +8,7 @@
 //! Memory: sums over images, but for `fisher` by blocks G itself, 4 bytes x images x units of all groups (57 MB for 256 images and the
 //! 55,000 units of a ViT-B). Sums in f64.
 //! Source: Kwon et al. 2022, "A fast post-training pruning framework for transformers", eq. 7 to 9, with gradients per sample instead
-//! of per batch and drawn labels instead of given ones; Molchanov et al. 2019 for `taylor`.
+//! of per batch, and nothing of the given labels; Molchanov et al. 2019 for `taylor`.
 
 use super::block;
 use super::images::{Images, MeasureError};
