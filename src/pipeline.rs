@@ -7,6 +7,7 @@ mod calibrate;
 mod data;
 mod edit;
 mod error;
+mod measure;
 mod proof;
 pub mod slim;
 mod train;
@@ -18,6 +19,7 @@ pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_da
 use edit::Base;
 pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
+pub use measure::{ScoreAsk, measured_scores};
 pub use proof::{ProofData, prove};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 

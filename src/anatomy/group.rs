@@ -156,6 +156,37 @@ impl Group {
         let row = self.nest.iter().try_fold(0, |row, (class, size)| Some(row * size + region.coordinate(offset, *class)?))?;
         Some((row, leaf))
     }
+
+    /// For each position of an axis of `size`, the unit that it belongs to: `(row of the nest, coordinate of the leaf)`.
+    ///
+    /// Several cases may give one position different units only where the axis is cut differently in each; the first one counts.
+    pub fn tags(&self, axes: &Axes, at: AxisOf, size: usize) -> Vec<Option<(usize, usize)>> {
+        let mut tags = vec![None; size];
+        for region in axes.regions(at) {
+            for (offset, position) in region.positions.iter().enumerate() {
+                if tags[*position].is_none() {
+                    tags[*position] = self.locate(&region, offset);
+                }
+            }
+        }
+        tags
+    }
+
+    /// An input of a node, with the units along the axes that hold the group: keys and values too, which no gate multiplies. `None`
+    /// where there are none.
+    pub fn operand(&self, graph: &Graph, facts: &Facts, axes: &Axes, at: Use) -> Option<Site> {
+        operand(graph, facts, axes, self, at)
+    }
+
+    /// The operands of a place where the class is summed over, with the units along their axes: activations and weights alike. Those
+    /// that a fused operator has only inside itself, and those whose positions are not told apart, are missing.
+    pub fn operands(&self, graph: &Graph, facts: &Facts, axes: &Axes, sink: &SinkSite) -> Vec<Site> {
+        let one = |(slot, _): (Slot, usize)| match slot {
+            Slot::In(number) => operand(graph, facts, axes, self, Use { node: sink.node, slot: number }),
+            Slot::Out(_) | Slot::Virtual(_) => None,
+        };
+        std::iter::once(sink.a).chain(sink.b).filter_map(one).collect()
+    }
 }
 
 /// Builds the group of a class that can be cut; `None` where its shape turns out not to be understood.
@@ -254,8 +285,9 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
         is_inside || (computed && is_hidden_in_constants(graph, axes, group))
     };
     let mut best: Option<Site> = None;
-    for (number, _) in data.into_iter().chain(constant.into_iter().filter(|(n, _)| serves(n))) {
-        let Some(site) = site_at(graph, facts, axes, group, Use { node, slot: number }) else { continue };
+    let served = data.into_iter().map(|(n, _)| n).chain(constant.into_iter().map(|(n, _)| n).filter(serves));
+    for number in served {
+        let Some(site) = operand(graph, facts, axes, group, Use { node, slot: number }) else { continue };
         if best.as_ref().is_none_or(|b| b.index.len() < site.index.len()) {
             best = Some(site);
         }
@@ -263,8 +295,8 @@ fn site_of(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, node: NodeI
     best
 }
 
-/// Units of the positions of an operand, where the group has any there: keys, and values, which no gate multiplies.
-pub fn site_at(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, at: Use) -> Option<Site> {
+/// An input of a node, with the units along the axes that hold the group; `None` where there are none.
+fn operand(graph: &Graph, facts: &Facts, axes: &Axes, group: &Group, at: Use) -> Option<Site> {
     let carrier = axes.carrier_at(graph, at.node, Slot::In(at.slot))?;
     let holds = |axis: &usize| {
         let on = axes.classes_on((carrier, *axis));
@@ -452,19 +484,4 @@ fn is_pointwise(graph: &Graph, facts: &Facts, id: NodeId) -> bool {
     let is_dense =
         node.attr_int("group").unwrap_or(1) == 1 && node.attr_ints("strides").is_none_or(|s| s.iter().all(|n| *n == 1));
     kernel.is_some_and(is_one) && !positions.is_some_and(is_one) && is_dense
-}
-
-/// For each position of an axis, the units of a group that it belongs to: `(row of the nest, coordinate of the leaf)`.
-///
-/// Several cases may give one position different units only where the axis is cut differently in each; the first one counts.
-pub fn unit_tags(axes: &Axes, group: &Group, at: AxisOf, size: usize) -> Vec<Option<(usize, usize)>> {
-    let mut tags = vec![None; size];
-    for region in axes.regions(at) {
-        for (offset, position) in region.positions.iter().enumerate() {
-            if tags[*position].is_none() {
-                tags[*position] = group.locate(&region, offset);
-            }
-        }
-    }
-    tags
 }

@@ -14,7 +14,7 @@ mod tokens;
 mod unknown;
 
 pub use attention::{AttentionLayer, attention_layers};
-pub use group::{Cut, Group, Kind, Site, site_at, unit_tags};
+pub use group::{Cut, Group, Kind, Site};
 pub use tokens::{FIXED, FusedKeys, Stretch, TokenSite, TokenSites};
 
 use crate::axes::{Axes, Class, ClassId, depends_on_data};

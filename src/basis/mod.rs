@@ -9,7 +9,7 @@
 
 mod turn;
 
-use crate::anatomy::{Anatomy, Group, Kind, Site, site_at};
+use crate::anatomy::{Anatomy, Group, Kind, Site};
 use crate::compensate::Consumer;
 use crate::fold::{self, Source};
 use crate::graph::{DType, Graph, Tensor, Use, ValueId};
@@ -105,7 +105,7 @@ fn logits(graph: &Graph, facts: &Facts, anatomy: &Anatomy, group: &Group) -> Res
     }
     let at = |slot: usize| {
         let at = Use { node: site.at.node, slot };
-        site_at(graph, facts, &anatomy.axes, group, at).ok_or_else(|| "an operand of the logits has no dims of it".to_string())
+        group.operand(graph, facts, &anatomy.axes, at).ok_or_else(|| "an operand of the logits has no dims of it".to_string())
     };
     let (q, k) = (at(0)?, at(1)?);
     let q_from = fold::basis_sources(graph, facts, &q)?;
@@ -131,7 +131,7 @@ fn values(graph: &Graph, facts: &Facts, anatomy: &Anatomy, group: &Group, consum
         (0..rank).any(|a| anatomy.axes.classes_on((carrier, a)).contains(&group.leaf)).then_some(*slot)
     };
     let slot = slots.iter().find_map(dims_of).ok_or("the values have no dims of it")?;
-    let v = site_at(graph, facts, &anatomy.axes, group, Use { node: mix, slot }).ok_or("the values have no dims of it")?;
+    let v = group.operand(graph, facts, &anatomy.axes, Use { node: mix, slot }).ok_or("the values have no dims of it")?;
     fold::commutes_back_to(graph, facts, &Site { index: index.clone(), ..consumer.site.clone() }, &[mix])?;
     let v_from = fold::basis_sources(graph, facts, &v)?;
     let units = consumer.weight.units.iter().map(|f| f.and_then(|f| index[f])).collect();

@@ -71,8 +71,58 @@ impl Talk {
 
     /// A display of training steps, called `what`.
     pub(super) fn steps(&self, what: &'static str) -> Steps<'_> {
-        let is_bar = !self.quiet && std::io::stderr().is_terminal();
-        Steps { talk: self, what, is_bar, bar: None, last: None }
+        Steps { talk: self, what, is_bar: self.is_bar(), bar: None, last: None }
+    }
+
+    /// A display of images that are gone through, called `what`.
+    pub(super) fn images(&self, what: &'static str) -> Images<'_> {
+        Images { talk: self, what, is_bar: self.is_bar(), bar: None, started: Instant::now(), last: Instant::now() }
+    }
+
+    fn is_bar(&self) -> bool {
+        !self.quiet && std::io::stderr().is_terminal()
+    }
+}
+
+/// A bar of `of` steps.
+fn bar(what: &'static str, of: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(of), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{prefix} [{bar:24}] {pos}/{len} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    bar.set_prefix(what);
+    bar
+}
+
+/// A display of images that are gone through.
+pub(super) struct Images<'a> {
+    talk: &'a Talk,
+    what: &'static str,
+    is_bar: bool,
+    bar: Option<ProgressBar>,
+    started: Instant,
+    last: Instant,
+}
+
+impl Images<'_> {
+    /// `done` images of `of` are done.
+    pub(super) fn show(&mut self, done: usize, of: usize) {
+        let left = self.started.elapsed().mul_f64(of.saturating_sub(done) as f64 / done.max(1) as f64);
+        let left = if done == 0 { String::new() } else { format!("{} left", clock(left)) };
+        if self.is_bar {
+            let bar = self.bar.get_or_insert_with(|| bar(self.what, of as u64));
+            bar.set_position(done as u64);
+            bar.set_message(left);
+        } else if self.last.elapsed() >= EVERY {
+            self.last = Instant::now();
+            self.talk.say(format!("{} image {done}/{of}, {left}", self.what));
+        }
+    }
+
+    /// Ends the display.
+    pub(super) fn done(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -106,13 +156,7 @@ impl Steps<'_> {
     }
 
     fn draw(&mut self, step: &StepProgress) {
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::with_draw_target(Some(step.of), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("{prefix} [{bar:24}] {pos}/{len} {msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-            bar.set_prefix(self.what);
-            bar
-        });
+        let bar = self.bar.get_or_insert_with(|| bar(self.what, step.of));
         bar.set_position(step.step);
         bar.set_message(words(step));
     }

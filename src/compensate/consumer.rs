@@ -83,9 +83,9 @@ fn bias_behind(graph: &Graph, facts: &Facts, site: &Site, outputs: usize) -> Opt
     let node = graph.node(site.at.node);
     let fits = |v: ValueId| {
         graph.is_constant(v)
-            && facts.shape(v).is_some_and(|s| {
-                s.last().is_some_and(|n| n.is(outputs as i64)) && s.iter().filter(|d| !d.is(1)).count() <= 1
-            })
+            && facts
+                .shape(v)
+                .is_some_and(|s| s.last().is_some_and(|n| n.is(outputs as i64)) && s.iter().filter(|d| !d.is(1)).count() <= 1)
             && graph.constant(v).is_some_and(|t| t.dtype.is_float())
     };
     let of = |at: Use, scale: f64| {

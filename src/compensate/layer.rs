@@ -1,8 +1,8 @@
 //! A consumer with what is known of its rows: how well it does without some of its features.
 
+use super::Consumer;
 use super::obs::{self, Order};
 use super::ridge::{self, Refit, Rows};
-use super::Consumer;
 use crate::graph::{Graph, Tensor, ValueId};
 use crate::stats::{Gathered, Moments};
 use faer::Mat;

@@ -114,7 +114,8 @@ mod tests {
         let n = x.nrows() as f64;
         let mean: Vec<f64> = (0..x.ncols()).map(|j| (0..x.nrows()).map(|i| x[(i, j)]).sum::<f64>() / n).collect();
         let centred = Mat::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)] - mean[j]);
-        let cov = Mat::from_fn(x.ncols(), x.ncols(), |a, b| (0..x.nrows()).map(|i| centred[(i, a)] * centred[(i, b)]).sum::<f64>() / n);
+        let cov =
+            Mat::from_fn(x.ncols(), x.ncols(), |a, b| (0..x.nrows()).map(|i| centred[(i, a)] * centred[(i, b)]).sum::<f64>() / n);
         (mean, cov)
     }
 

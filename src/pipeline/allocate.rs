@@ -1,15 +1,14 @@
 //! What cuts cost: the loss of every group at several widths, measured with the group cut and repaired.
 
 use super::calibrate::{CalibrateAsk, Calibrating, Calibration};
-use super::edit::{Cut, edited, changed, splits_between};
+use super::edit::{Cut, changed, edited, splits_between};
 use super::{Error, Model, analyse, class_output};
-use crate::anatomy::{Group, Kind, unit_tags};
+use crate::anatomy::{Group, Kind};
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Tensor, ValueId};
-use crate::plan::Plan;
+use crate::plan::{Kept, Plan};
 use crate::slice;
-use crate::slice::cutset::Kept;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -29,7 +28,8 @@ const LEVELS: [f64; 8] = [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625];
 /// Widths of a group that are tried, falling: bundles that stay of each head.
 fn levels(group: &Group) -> Vec<usize> {
     let all = bundles(group);
-    let counts: BTreeSet<usize> = LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1)).filter(|n| *n < all).collect();
+    let counts: BTreeSet<usize> =
+        LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1)).filter(|n| *n < all).collect();
     counts.into_iter().rev().collect()
 }
 
@@ -45,7 +45,8 @@ fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
     let mut kept = Vec::new();
     for head in 0..group.nest_count() {
         let worth = |b: &[usize]| b.iter().map(|u| f64::from(scores[head * width + u])).sum::<f64>();
-        let mut all: Vec<&Vec<usize>> = together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
+        let mut all: Vec<&Vec<usize>> =
+            together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
         all.sort_by(|a, b| worth(b).total_cmp(&worth(a)).then(a[0].cmp(&b[0])));
         kept.extend(all.into_iter().take(count).flatten().map(|u| head * width + u));
     }
@@ -79,13 +80,12 @@ impl Calibration {
         let output = class_output(model, ask.output)?;
         let (graph, facts) = (&self.base.graph, &self.base.facts);
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
-        let settings = curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
+        let settings =
+            curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
         let span = curves::Time { sites: groups.len(), trials: LEVELS.len(), seconds: time.seconds, at_most: time.images };
-        let count =
-            curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
+        let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
         let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
-        let mut measure =
-            Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
+        let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
         let mut sites: Vec<(usize, &Group)> = Vec::new();
         for group in groups {
             sites.extend(measure.order(&self.constants(group)).map(|place| (place, group)));
@@ -102,7 +102,9 @@ impl Calibration {
             let losses = measure.losses(&constants, &trials, &mut count, stop).map_err(failed)?;
             done += trials.len();
             let points = widths.iter().zip(losses).map(|(width, loss)| Point { width: *width, loss: loss.max(0.0) });
-            found.insert(&group.id, group.units(), points.collect()).map_err(|f| Error::unsuitable(&model.path, f.to_string()))?;
+            found
+                .insert(&group.id, group.units(), points.collect())
+                .map_err(|f| Error::unsuitable(&model.path, f.to_string()))?;
         }
         if let Some(file) = &file {
             found.write(file)?;
@@ -150,7 +152,7 @@ impl Calibration {
             let Some(tensor) = edits.remove(&cut.value).or_else(|| base.graph.constant(cut.value)) else { continue };
             let Some(mut values) = tensor.to_f32s().filter(|_| tensor.dtype.is_float()) else { continue };
             let size = tensor.dims[cut.axis];
-            let tags = unit_tags(&base.anatomy.axes, group, (crate::graph::Id::index(cut.value), cut.axis), size);
+            let tags = group.tags(&base.anatomy.axes, (crate::graph::Id::index(cut.value), cut.axis), size);
             let inner: usize = tensor.dims[cut.axis + 1..].iter().product();
             for (flat, value) in values.iter_mut().enumerate() {
                 if tags[flat / inner % size].is_some_and(|(row, leaf)| !stays.contains(&(row * class + leaf))) {
@@ -182,8 +184,7 @@ pub fn cut_calibrated(
     plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
     let kept = plan.kept();
     super::edit::check_elements(model, &kept)?;
-    let (graph, repairs) =
-        if is_compensated { calibration.repair(&kept) } else { (calibration.base.graph.clone(), Vec::new()) };
+    let (graph, repairs) = if is_compensated { calibration.repair(&kept) } else { (calibration.base.graph.clone(), Vec::new()) };
     let mut plan = Plan { weights: None, ..plan.clone() };
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
     plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();

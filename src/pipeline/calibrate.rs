@@ -4,15 +4,15 @@
 
 use super::edit::{Analysed, analysed};
 use super::{Error, Model};
-use crate::anatomy::{Group, Kind, Site, site_at};
+use crate::anatomy::{Group, Kind, Site};
 use crate::basis::{self, Basis, Pair, Refused, Rotatable};
 use crate::compensate::{self, Consumer, Layer, Repair};
 use crate::data::{BatchOrder, Dataset};
 use crate::eval;
 use crate::graph::{Declared, Graph, Use, ValueId};
+use crate::plan::Kept;
 use crate::runtime::{self, RuntimeName, SessionOptions};
 use crate::score::{self, Scores};
-use crate::slice::cutset::Kept;
 use crate::stats::{self, Probe, Stats, StatsError};
 use faer::Mat;
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,9 +87,7 @@ pub fn calibrate(
     let (consumers, _) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
     let (rotatable, mut refused) = match ask.basis {
         BasisChoice::Original => (Vec::new(), Vec::new()),
-        BasisChoice::Auto | BasisChoice::Rotated => {
-            basis::rotatable(&base.graph, &base.facts, &base.anatomy, &consumers)
-        }
+        BasisChoice::Auto | BasisChoice::Rotated => basis::rotatable(&base.graph, &base.facts, &base.anatomy, &consumers),
     };
     let found = statistics(model, &base, &probes(&base, &consumers), ask, tell, stop)?;
     let moments = |n: usize| found.probes.get(&probe_of_consumer(n)).cloned();
@@ -189,7 +187,7 @@ fn queries_and_keys(base: &Analysed, group: &Group) -> Option<(Site, Site)> {
     }
     let at = |slot: usize| {
         let at = Use { node: site.at.node, slot };
-        site_at(&base.graph, &base.facts, &base.anatomy.axes, group, at)
+        group.operand(&base.graph, &base.facts, &base.anatomy.axes, at)
     };
     Some((at(0)?, at(1)?))
 }
@@ -422,8 +420,7 @@ fn order(group: &Group, layers: &[Layer]) -> Option<Vec<f32>> {
     let mut is_found = false;
     for layer in layers {
         let Some((_, index)) = layer.consumer.groups.iter().find(|(id, _)| *id == group.id) else { continue };
-        let firsts: Vec<usize> =
-            (0..group.units()).filter(|u| bundles[u % width].first() == Some(&(u % width))).collect();
+        let firsts: Vec<usize> = (0..group.units()).filter(|u| bundles[u % width].first() == Some(&(u % width))).collect();
         let bundle = |unit: usize| bundles[unit % width].iter().map(move |u| unit / width * width + u);
         let mut at: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (position, unit) in index.iter().enumerate() {

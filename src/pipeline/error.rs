@@ -8,7 +8,7 @@ use crate::infer::InferError;
 use crate::onnx;
 use crate::plan::{ChooseError, PlanFileError};
 use crate::runtime;
-use crate::score::ScoresError;
+use crate::score::{MeasureError, ScoresError};
 use crate::search::SearchError;
 use crate::slice::SliceError;
 use crate::stats::StatsError;
@@ -84,6 +84,14 @@ pub enum Error {
         file: PathBuf,
         /// The cause.
         cause: FoldError,
+    },
+    /// Scores could not be measured.
+    #[error("{}{cause}", unless_named(file, cause))]
+    Measure {
+        /// The model.
+        file: PathBuf,
+        /// The cause.
+        cause: Box<MeasureError>,
     },
     /// A file of scores.
     #[error(transparent)]
@@ -161,6 +169,10 @@ impl Error {
             Error::Choose { file, .. } => (2, "V0401", Some(file)),
             Error::PlanFile(_) => (2, "V0402", None),
             Error::Scores(_) => (2, "V0403", None),
+            Error::Measure { file, cause } => match **cause {
+                MeasureError::Data(_) => (2, "V0801", Some(file)),
+                _ => (2, "V0404", Some(file)),
+            },
             Error::Slice { file, cause } => (if matches!(cause, SliceError::Cut(_)) { 2 } else { 3 }, "V0501", Some(file)),
             Error::Fold { file, .. } => (2, "V0502", Some(file)),
             Error::Written { file, .. } => (3, "V0503", Some(file)),

@@ -1,21 +1,55 @@
 //! Scores: one number per unit, whoever made them. The greater, the more the unit is worth keeping.
 //!
-//! In: the anatomy, and weights, a seed, or a search's gates. Out: [`Scores`], a safetensors file with one f32 vector per group.
+//! In: the anatomy, and weights, a seed, a search's gates, or unlabelled images: gradients of gates ([`gradients()`]) and sizes of
+//! activations ([`activation()`]). Out: [`Scores`], a safetensors file with one f32 vector per group.
 
+mod activation;
+mod block;
+mod gradients;
+mod images;
+mod target;
 mod weights;
 
+pub use activation::{Probed, activation, probe};
+pub use gradients::{Engines, gradients};
+pub use images::{Images, MeasureError};
 pub use weights::{magnitude, random};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+/// What is measured on images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Criterion {
+    /// Mean over images of the squared gradient of a unit's gate: twice what its removal costs, to second order.
+    Fisher,
+    /// The same for all units of a group together, as an order of removal.
+    FisherBlock,
+    /// Mean over images of the size of that gradient: what the removal changes, to first order.
+    Taylor,
+    /// Size of a unit's activation times the norm of its weight's row.
+    Activation,
+}
+
+impl Criterion {
+    /// As [`Scores::by`] says it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Criterion::Fisher => "fisher",
+            Criterion::FisherBlock => "fisher-block",
+            Criterion::Taylor => "taylor",
+            Criterion::Activation => "activation",
+        }
+    }
+}
+
 /// One score per unit of each group.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scores {
     /// Scores by group id, in the order of units.
     pub groups: BTreeMap<String, Vec<f32>>,
-    /// How they were made: `magnitude`, `random`, `search`.
+    /// How they were made: `magnitude`, `random`, `search`, or the word of a [`Criterion`].
     pub by: String,
     /// The model that they belong to.
     pub model_sha256: String,

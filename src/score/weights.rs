@@ -1,7 +1,7 @@
 //! Scores that need no data: the size of a unit's weights, and chance.
 
 use super::Scores;
-use crate::anatomy::{Anatomy, Group, Kind, unit_tags};
+use crate::anatomy::{Anatomy, Group, Kind};
 use crate::axes::relation::Slot;
 use crate::graph::{Graph, Id};
 use crate::ops::quantize;
@@ -31,7 +31,7 @@ fn group_magnitude(graph: &Graph, anatomy: &Anatomy, group: &Group) -> Vec<f32> 
             None => Some(cut.value.index()),
         };
         let Some(carrier) = carrier else { continue };
-        let tags = unit_tags(&anatomy.axes, group, (carrier, cut.axis), tensor.dims[cut.axis]);
+        let tags = group.tags(&anatomy.axes, (carrier, cut.axis), tensor.dims[cut.axis]);
         let inner: usize = tensor.dims[cut.axis + 1..].iter().product();
         for (flat, value) in values.iter().enumerate() {
             if let Some((row, leaf)) = tags[flat / inner % tensor.dims[cut.axis]] {

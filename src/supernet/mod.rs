@@ -166,7 +166,10 @@ pub fn build(
     graph.sort();
     let facts = infer::facts(&graph)?;
     let reduction = if options.per_sample { Reduction::Sum } else { Reduction::Mean };
-    let nodes = loss::add(&mut graph, &facts, options.loss, &options.loss_outputs, reduction)?;
+    // A mean whose count is adjusted gave its name and its place among the outputs away.
+    let now = |v: &ValueId| model.0.outputs().iter().position(|o| o == v).map_or(*v, |at| graph.outputs()[at]);
+    let loss_outputs: Vec<ValueId> = options.loss_outputs.iter().map(now).collect();
+    let nodes = loss::add(&mut graph, &facts, options.loss, &loss_outputs, reduction)?;
     inputs.extend(&nodes.inputs);
     let params = params::make_inputs(&mut graph, nodes.loss, candidates)?;
     let total = add_l1(&mut graph, &gates, nodes.loss, &mut inputs)?;

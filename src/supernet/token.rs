@@ -118,12 +118,17 @@ fn spread(
     };
     let batch = gates.batch_of_gates();
     let place = Place { model, facts, operand, shape, axes: &[axis], index, units: token.units, batch };
-    let spread = place.spread(&mut Builder::new(graph, "token."), value, fill);
-    match spread {
-        Ok(s) if s.split.is_none() => Ok(s),
-        Ok(_) => Err(error(graph, format!("axis {axis} of {shape:?} does not have {} positions", index.len()))),
-        Err(reason) => Err(error(graph, reason)),
+    let mut b = Builder::new(graph, "token.");
+    let spread = place.spread(&mut b, value, fill);
+    match (spread, facts.get(operand).dtype) {
+        (Ok(s), Some(dtype)) if s.split.is_none() && dtype != DType::F32 => Ok(Spread { value: b.cast(s.value, dtype), ..s }),
+        (spread, _) => spread,
     }
+    .map_err(|reason| error(graph, reason))
+    .and_then(|s| match s.split {
+        None => Ok(s),
+        Some(_) => Err(error(graph, format!("axis {axis} of {shape:?} does not have {} positions", index.len()))),
+    })
 }
 
 /// `mean(x)` over tokens becomes `mean(x g) * (n / sum g)`, which is `sum(x g) / sum g`.
