@@ -12,7 +12,7 @@ mod proof;
 pub mod slim;
 mod train;
 
-pub use allocate::{CurveTime, Repaired, cut_calibrated};
+pub use allocate::{CurveTime, Repaired, cut_calibrated, cut_trained};
 pub use augment::{AugmentAsk, augment};
 pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};

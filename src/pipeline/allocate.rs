@@ -1,12 +1,12 @@
 //! What cuts cost: the loss of every group at several widths, measured with the group cut and repaired.
 
-use super::calibrate::{CalibrateAsk, Calibrating, Calibration};
-use super::edit::{Cut, changed, edited, splits_between};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate_from};
+use super::edit::{Cut, changed, edited, splits_between, trained};
 use super::{Error, Model, analyse, class_output};
 use crate::anatomy::{Group, Kind};
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
-use crate::graph::{Tensor, ValueId};
+use crate::graph::{Graph, Tensor, ValueId};
 use crate::plan::{Kept, Plan};
 use crate::slice;
 use std::collections::{BTreeMap, BTreeSet};
@@ -181,14 +181,46 @@ pub fn cut_calibrated(
     calibration: &Calibration,
     is_compensated: bool,
 ) -> Result<Repaired, Error> {
+    let plan = Plan { weights: None, ..plan.clone() };
+    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, is_compensated)
+}
+
+/// Applies a plan to the weights of a run, its gates multiplied in, repaired by what images say of them.
+pub fn cut_trained(
+    model: &Model,
+    (plan_path, plan): (&Path, &Plan),
+    run: &Path,
+    ask: &CalibrateAsk<'_>,
+    tell: &mut dyn FnMut(Calibrating),
+    stop: &AtomicBool,
+) -> Result<Repaired, Error> {
+    let trained = trained(model, run, &plan.kept())?;
+    let base = (&trained.base.graph, &trained.base.facts, &trained.base.anatomy);
+    // The search chose dims of the model's own basis.
+    let ask = CalibrateAsk { basis: BasisChoice::Original, ..*ask };
+    let calibration = calibrate_from(model, base, &ask, tell, stop)?;
+    let plan = Plan { weights: Some(trained.weights), ..plan.clone() };
+    let mut repaired = cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, true)?;
+    repaired.cut.warnings = trained.warnings;
+    Ok(repaired)
+}
+
+/// `start` is the graph that was calibrated, with why its constants differ from the model's.
+fn cut_edited(
+    model: &Model,
+    plan_path: &Path,
+    mut plan: Plan,
+    (start, mut why): (&Graph, Vec<(String, &'static str)>),
+    calibration: &Calibration,
+    is_compensated: bool,
+) -> Result<Repaired, Error> {
     plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
     let kept = plan.kept();
     super::edit::check_elements(model, &kept)?;
     let (graph, repairs) = if is_compensated { calibration.repair(&kept) } else { (calibration.base.graph.clone(), Vec::new()) };
-    let mut plan = Plan { weights: None, ..plan.clone() };
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
     plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();
-    let mut why = changed(model.graph(), &calibration.base.graph, &plan.split, "rotated");
+    why.extend(changed(start, &calibration.base.graph, &plan.split, "rotated"));
     why.extend(changed(&calibration.base.graph, &graph, &[], "compensated"));
     plan.edited = edited(why);
     let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };

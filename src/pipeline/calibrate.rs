@@ -4,12 +4,13 @@
 
 use super::edit::{Analysed, analysed};
 use super::{Error, Model};
-use crate::anatomy::{Group, Kind, Site};
+use crate::anatomy::{Anatomy, Group, Kind, Site};
 use crate::basis::{self, Basis, Pair, Refused, Rotatable};
 use crate::compensate::{self, Consumer, Layer, Repair};
 use crate::data::{BatchOrder, Dataset};
 use crate::eval;
 use crate::graph::{Declared, Graph, Use, ValueId};
+use crate::infer::Facts;
 use crate::plan::Kept;
 use crate::runtime::{self, RuntimeName, SessionOptions};
 use crate::score::{self, Scores};
@@ -83,7 +84,18 @@ pub fn calibrate(
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
 ) -> Result<Calibration, Error> {
-    let mut base = analysed(model, own_biases(model))?;
+    calibrate_from(model, (model.graph(), &model.facts, &model.anatomy), ask, tell, stop)
+}
+
+/// Shows images to a model with other weights.
+pub(super) fn calibrate_from(
+    model: &Model,
+    start: (&Graph, &Facts, &Anatomy),
+    ask: &CalibrateAsk<'_>,
+    tell: &mut dyn FnMut(Calibrating),
+    stop: &AtomicBool,
+) -> Result<Calibration, Error> {
+    let mut base = analysed(model, own_biases(start))?;
     let (consumers, _) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
     let (rotatable, mut refused) = match ask.basis {
         BasisChoice::Original => (Vec::new(), Vec::new()),
@@ -129,9 +141,9 @@ pub fn calibrate(
 }
 
 /// The model in which every consumer has a bias of its own: merged ones are taken apart, so that one can be refitted alone.
-fn own_biases(model: &Model) -> Graph {
-    let mut graph = model.graph().clone();
-    let (consumers, _) = compensate::consumers(&graph, &model.facts, &model.anatomy);
+fn own_biases((graph, facts, anatomy): (&Graph, &Facts, &Anatomy)) -> Graph {
+    let mut graph = graph.clone();
+    let (consumers, _) = compensate::consumers(&graph, facts, anatomy);
     for bias in consumers.iter().filter_map(|c| c.bias) {
         let value = graph.value(bias.constant);
         if value.users().len() > 1

@@ -83,21 +83,42 @@ fn cut_fitting(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>)
         let sliced = slice::apply(model.graph(), &model.facts, &model.anatomy, &kept, &analyse).map_err(slice_error)?;
         return Ok(Cut { sliced, plan, warnings: Vec::new() });
     };
+    let Trained { base: Analysed { graph, facts, anatomy }, why, warnings, weights } = trained(model, dir, &kept)?;
+    plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(dir, reason))?;
+    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).map_err(slice_error)?;
+    plan.edited = edited(why);
+    plan.weights = Some(weights);
+    Ok(Cut { sliced, plan, warnings })
+}
+
+/// A model with the weights of a run, its gates multiplied in.
+pub(super) struct Trained {
+    /// The graph, constants that trained apart taken apart.
+    pub(super) base: Analysed,
+    /// Which constants differ from the model's, and why.
+    pub(super) why: Vec<(String, &'static str)>,
+    /// Gates that could not be folded.
+    pub(super) warnings: Vec<String>,
+    /// Where the weights come from.
+    pub(super) weights: Weights,
+}
+
+/// The model with the weights of a run.
+pub(super) fn trained(model: &Model, dir: &Path, kept: &Kept) -> Result<Trained, Error> {
     let run = read_run(model, dir)?;
     let searched = Trainable::of_model(model)?;
     let trained = run.apply_weights(searched.parts().0).map_err(|e| search_error(dir, e))?;
     let trained = searched.put_back(model.graph(), trained).map_err(|reason| Error::unsuitable(dir, reason))?;
-    plan.split = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
-    let Analysed { mut graph, facts, anatomy } = analysed(model, trained)?;
-    let mut why = changed(model.graph(), &graph, &plan.split, "trained");
-    let trained = graph.clone();
-    let warnings = fold_gates(&mut graph, &Trainable::of(&model.path, (&trained, &facts, &anatomy))?, &run, &kept, dir)?;
-    why.extend(changed(&trained, &graph, &[], "folded"));
-    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).map_err(slice_error)?;
-    plan.edited = edited(why);
+    let splits = splits_between(model.graph(), &trained).map_err(|reason| Error::unsuitable(dir, reason))?;
+    let mut base = analysed(model, trained)?;
+    let mut why = changed(model.graph(), &base.graph, &splits, "trained");
+    let trained = base.graph.clone();
+    let trainable = Trainable::of(&model.path, (&trained, &base.facts, &base.anatomy))?;
+    let warnings = fold_gates(&mut base.graph, &trainable, &run, kept, dir)?;
+    why.extend(changed(&trained, &base.graph, &[], "folded"));
     let checkpoint = dir.join("checkpoint.safetensors");
-    plan.weights = Some(Weights { path: dir.display().to_string(), sha256: onnx::sha256_of_file(&checkpoint)? });
-    Ok(Cut { sliced, plan, warnings })
+    let weights = Weights { path: dir.display().to_string(), sha256: onnx::sha256_of_file(&checkpoint)? };
+    Ok(Trained { base, why, warnings, weights })
 }
 
 /// The run, which must be of this model.
