@@ -26,30 +26,38 @@ fn settings(batch: usize) -> Settings {
     Settings { session: SessionOptions { threads: 2, ..Default::default() }, batch, ..Settings::default() }
 }
 
-/// The loss of one trial from whole runs of both graphs: KL of the only output, or the squared error over the variance.
+/// The loss of one trial from whole runs of both graphs: KL of the first output, or squared errors of all over their variances.
 fn whole(graph: &Graph, trial: &Trial, data: &Dataset, is_class: bool) -> f64 {
     let mut edited = graph.clone();
     trial.edits.iter().for_each(|(v, t)| edited.set_constant(*v, t.clone()));
-    let (mut one, mut other) = (harness::session(graph).unwrap(), harness::session(&edited).unwrap());
-    let (mut wanted, mut found, mut width) = (Vec::new(), Vec::new(), 0);
-    let size = eval::fixed_batch(graph, &infer::facts(graph).unwrap()).unwrap_or(16);
-    for batch in data.batches(BatchOrder::default(), size, 1, None) {
-        let batch = batch.unwrap();
-        let feeds = eval::filled(&batch, size);
-        for (session, values) in [(&mut one, &mut wanted), (&mut other, &mut found)] {
-            let array = session.run(&feeds).unwrap().remove(0).1;
-            width = array.len() / array.dims[0];
-            values.extend(array.as_f32().into_iter().take(width * batch.count).map(f64::from));
-        }
-    }
+    let (wanted, found) = (outputs(graph, data), outputs(&edited, data));
     if is_class {
-        let rows = wanted.chunks(width).zip(found.chunks(width));
+        let rows = wanted[0].iter().zip(&found[0]);
         return rows.map(|(p, q)| eval::kl_divergence(p, q)).sum::<f64>() / data.len() as f64;
     }
-    let n = wanted.len() as f64;
-    let mean = wanted.iter().sum::<f64>() / n;
-    let variance = wanted.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
-    wanted.iter().zip(&found).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / n / variance
+    let mut loss = 0.0;
+    for (wanted, found) in wanted.iter().map(|v| v.concat()).zip(found.iter().map(|v| v.concat())) {
+        let n = wanted.len() as f64;
+        let mean = wanted.iter().sum::<f64>() / n;
+        let variance = wanted.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+        loss += wanted.iter().zip(&found).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / n / variance;
+    }
+    loss
+}
+
+/// Values by output and sample.
+fn outputs(graph: &Graph, data: &Dataset) -> Vec<Vec<Vec<f64>>> {
+    let mut session = harness::session(graph).unwrap();
+    let size = eval::fixed_batch(graph, &infer::facts(graph).unwrap()).unwrap_or(16);
+    let mut all = vec![Vec::new(); graph.outputs().len()];
+    for batch in data.batches(BatchOrder::default(), size, 1, None) {
+        let batch = batch.unwrap();
+        let results = session.run(&eval::filled(&batch, size)).unwrap();
+        for (all, (_, array)) in all.iter_mut().zip(results) {
+            all.extend((0..batch.count).map(|n| array.row(n).unwrap().as_f32().into_iter().map(f64::from).collect()));
+        }
+    }
+    all
 }
 
 /// The constant with a part of its values, from `share` on along the first axis, set to zero.
@@ -73,11 +81,11 @@ fn compare(graph: &Graph, facts: &Facts, output: Option<&str>, data: &Dataset, s
     sites.sort_by_key(|v| m.order(&[*v]));
     for v in sites {
         let name = graph.value(v).name();
-        let trials = [Trial::default(), cut(graph, v, 0.5), cut(graph, v, 0.9), cut(graph, v, 1.0)];
+        let trials = [Trial::default(), cut(graph, v, 0.5), cut(graph, v, 1.0)];
         m.advance_to(&[v]).unwrap();
         let mut heard = Vec::new();
         let losses = m.losses(&[v], &trials, &mut |done, total| heard.push((done, total)), &GO).unwrap();
-        assert!(losses[0].abs() < 1e-9 && losses[3].abs() < 1e-9, "{name}: {losses:?}");
+        assert!(losses[0].abs() < 1e-9 && losses[2].abs() < 1e-9, "{name}: {losses:?}");
         for (trial, loss) in trials.iter().zip(&losses) {
             close(*loss, whole(graph, trial, data, output.is_some()), name);
         }
@@ -116,7 +124,7 @@ fn losses_on_the_digits_network_are_those_of_whole_runs() {
     }
     let graph = onnx::read(&digits("vit-digits.onnx")).unwrap().graph;
     let (facts, _) = pipeline::analyse(&graph).unwrap();
-    let data = digits_data(&graph, 40);
+    let data = digits_data(&graph, 20);
     let all = weights(&graph);
     let some: Vec<ValueId> = all.iter().copied().step_by(4).chain(all.last().copied()).collect();
     let output = graph.value(graph.outputs()[0]).name();
@@ -128,7 +136,7 @@ fn losses_on_the_digits_network_are_those_of_whole_runs() {
 }
 
 /// `x [batch, 3, 8]`, a skip connection around two products of which the second has its weight transposed by a node, and a Reshape to
-/// a shape that is computed from the shape of x behind them.
+/// a shape that is computed from the shape of x behind them; what is between the products is an output too.
 struct Small {
     graph: Graph,
     facts: Facts,
@@ -149,9 +157,9 @@ fn small(batch: DeclaredDim) -> Small {
         (weight(&mut b, &[8, 8]), weight(&mut b, &[8, 16]), weight(&mut b, &[8, 16]), weight(&mut b, &[24, 5]));
     let h = b.matmul(x, w1);
     let inner = b.matmul(h, w2);
-    let inner = b.op("Relu", &[inner], vec![]);
+    let early = b.op("Relu", &[inner], vec![]);
     let turned = b.transpose(w3, &[1, 0]);
-    let inner = b.matmul(inner, turned);
+    let inner = b.matmul(early, turned);
     let sum = b.add(h, inner);
     let shape = b.shape_of(x);
     let zero = b.ints(&[0]);
@@ -160,7 +168,8 @@ fn small(batch: DeclaredDim) -> Small {
     let target = b.concat(&[first, rest], 0);
     let flat = b.op("Reshape", &[sum, target], vec![attr("allowzero", AttrValue::Int(0))]);
     let y = b.matmul(flat, w4);
-    graph.add_output(y, declare(DType::F32, vec![batch, DeclaredDim::Size(5)]));
+    graph.add_output(y, declare(DType::F32, vec![batch.clone(), DeclaredDim::Size(5)]));
+    graph.add_output(early, declare(DType::F32, vec![batch, DeclaredDim::Size(3), DeclaredDim::Size(16)]));
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.npz");
     let bytes: Vec<u8> = random.f32s(10 * 24, -2.0, 2.0).iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -215,10 +215,11 @@ fn check_curve(group: &str, points: &[Point]) -> Result<(), CurveFault> {
 
 /// A curve without runs of the model: errors of the layer's output by width, times the weight of such an error for the loss.
 ///
-/// To second order, an error d of a layer's output costs KL `1/2 E[(g . d)^2]`, with g the gradient of log-probabilities drawn from
-/// the model itself (the Fisher form). With d taken as independent of g and equal in all directions, that is `error x weight`, where
-/// `error` is the mean of d^2 over rows and features and `weight` is half the sum over an image of the mean square of g's entries. What holds of the two together is up
-/// to the caller; the product is only as good as that independence, so curves made this way say [`How::Predicted`].
+/// To second order, an error d of a layer's output costs KL `1/2 E[(g . d)^2]`, with g the gradient of log-probabilities of labels
+/// drawn from the model itself (the Fisher form). Where d has mean 0, is independent of g and equal in all directions, that is
+/// `error x weight`: `error` the mean of d^2 over rows and features, `weight` half the mean over images of the sum of g^2 over the
+/// rows and features of an image. The product is as good as that independence, so such curves say [`How::Predicted`].
+/// `errors`: width and error; the result is for [`Curves::insert`].
 pub fn predicted(errors: &[(usize, f64)], weight: f64) -> Vec<Point> {
     errors.iter().map(|(width, error)| Point { width: *width, loss: error * weight }).collect()
 }

@@ -202,12 +202,14 @@ impl<'a> Measure<'a> {
         let mut sums = vec![0.0; trials.len()];
         let constants = &BTreeSet::from_iter(constants.iter().copied()).into_iter().collect::<Vec<_>>()[..];
         let edits = trials.iter().map(|t| self.edits(constants, t)).collect::<Result<Vec<_>, _>>()?;
-        if self.check_place(constants)?.is_none() || trials.is_empty() {
+        // Outputs that were made before the place do not depend on the constants.
+        let outputs: Vec<ValueId> = self.outputs.iter().copied().filter(|v| !self.places.is_made(*v, self.place)).collect();
+        if self.check_place(constants)?.is_none() || trials.is_empty() || outputs.is_empty() {
             return Ok(sums);
         }
         let mut inputs = self.places.alive(self.place);
         inputs.extend(constants);
-        let mut part = Part::open((self.graph, self.facts), &inputs, &self.outputs, &self.settings.session)?;
+        let mut part = Part::open((self.graph, self.facts), &inputs, &outputs, &self.settings.session)?;
         let own = constants.iter().map(|v| self.fed(*v, None)).collect::<Result<Feeds, _>>()?;
         let (mut own, _) = part.divide(own);
         let mut edits: Vec<Feeds> = edits.into_iter().map(|e| part.divide(e).0).collect();

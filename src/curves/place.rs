@@ -17,8 +17,10 @@ struct Span {
 
 /// The places of a graph.
 pub(super) struct Places {
-    /// Number of the counted node that makes or will read something; `None` for nodes that are not counted.
+    /// The place before each node; `None` for nodes that are not counted.
     number: Vec<Option<usize>>,
+    /// The first place behind what makes a value; `None` for values that do not depend on data.
+    made: SideMap<ValueId, Option<usize>>,
     spans: Vec<Span>,
 }
 
@@ -44,7 +46,12 @@ impl Places {
             let (from, to) = ((*from)?, last[value]?);
             (from <= to && (from > 0 || !graph.value(value).users().is_empty())).then_some(Span { value, from, to })
         };
-        Self { number, spans: from.iter().filter_map(span).collect() }
+        Self { number, spans: from.iter().filter_map(span).collect(), made: from }
+    }
+
+    /// Whether a value is computed before a place.
+    pub(super) fn is_made(&self, v: ValueId, place: usize) -> bool {
+        self.made.get(v).copied().flatten().is_some_and(|made| made <= place)
     }
 
     /// Values alive at a place, in the order of their ids.
