@@ -13,6 +13,7 @@ mod interrupt;
 mod mask;
 mod options;
 mod plan;
+mod repair;
 mod runtime;
 mod score;
 mod search;

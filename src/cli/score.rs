@@ -146,7 +146,7 @@ fn measured(
     let (images, batch) = (args.images as usize, args.batch as usize);
     let output = args.read.output.as_deref();
     let ask = ScoreAsk { by, kinds, data: &data, images, batch, seed: args.seed, output, session: &session };
-    let mut shown = talk.images("score");
+    let mut shown = talk.counts("image");
     let found = interrupt::stoppable(|stop| pipeline::measured_scores(model, &ask, &mut |n, of| shown.show(n, of), stop));
     shown.done();
     data.skipped().iter().for_each(|s| talk.warn(format!("left out: {s}")));

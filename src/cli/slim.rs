@@ -3,6 +3,7 @@
 use super::eval::share_words;
 use super::failure::Failure;
 use super::inspect::grouped;
+use super::repair::RepairArgs;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, fraction, runtimes};
 use super::plan::{WidthArgs, ask, asked_promised_got, promise};
 use super::slice::{plan_path, write_plan};
@@ -13,8 +14,8 @@ use super::{Verdict, interrupt, print_json, print_text};
 use crate::anatomy::Kind;
 use crate::eval::Accuracy;
 use crate::onnx::{self, shown};
-use crate::pipeline::slim::{Ended, Event, Forecast, Recipe, Slim, SlimData, Slimmed, default_kinds};
-use crate::pipeline::{self, Model};
+use crate::pipeline::slim::{Ended, Event, Forecast, Recipe, Repairing, Slim, SlimData, Slimmed, default_kinds};
+use crate::pipeline::{self, CurveTime, Model};
 use crate::plan::{Ask, Layout};
 use crate::runtime::RuntimeName;
 use crate::search::Config;
@@ -25,7 +26,7 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum RecipeArg {
-    /// Cut by the size of weights; nothing trains
+    /// Look at images without labels, cut, and let what stays make up for what goes; nothing trains
     OneShot,
     /// Search, then cut
     Search,
@@ -57,10 +58,10 @@ pub(super) struct Args {
     /// Kinds that a budget may cut [default: mlp,qk,vo,channel, and token where it is searched]
     #[arg(long, value_name = "KIND,..", conflicts_with = "keep")]
     kinds: Option<String>,
-    /// How much is done [default: search+finetune with data, one-shot without]
+    /// How much is done [default: one-shot]
     #[arg(long)]
     recipe: Option<RecipeArg>,
-    /// Holds the search [default: OUT.run]
+    /// Holds the search, or what was measured; a second job with another budget reads it [default: OUT.run]
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Remove the run directory at the end
@@ -93,6 +94,11 @@ pub(super) struct Args {
     #[arg(long)]
     pub(super) json: bool,
     #[command(flatten)]
+    repair: RepairArgs,
+    /// About how long the losses of cuts are measured, which decides on how many images. Unit: seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    curve_time: u32,
+    #[command(flatten)]
     gate: GateArgs,
     #[command(flatten)]
     steps: StepArgs,
@@ -108,10 +114,10 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let start = Instant::now();
-    let recipe = match (args.recipe, &args.data) {
-        (Some(RecipeArg::OneShot), _) | (None, None) => Recipe::OneShot,
-        (Some(RecipeArg::Search), _) => Recipe::Search,
-        (Some(RecipeArg::SearchFinetune), _) | (None, Some(_)) => Recipe::SearchFinetune,
+    let recipe = match args.recipe {
+        Some(RecipeArg::OneShot) | None => Recipe::OneShot,
+        Some(RecipeArg::Search) => Recipe::Search,
+        Some(RecipeArg::SearchFinetune) => Recipe::SearchFinetune,
     };
     // Texts first: what is wrong there needs no model.
     ask_of(args, &Default::default())?;
@@ -141,6 +147,12 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         recipe,
         data: None,
         output: args.read.output.clone(),
+        repair: Repairing {
+            images: args.repair.images,
+            basis: args.repair.basis.into(),
+            is_on: args.repair.is_on(),
+            curves: CurveTime { seconds: f64::from(args.curve_time), images: args.repair.images },
+        },
         config,
         finetune,
         session: args.engine.session("cpu")?,
@@ -282,19 +294,26 @@ fn forecast_text(f: &Forecast, model: &Model) -> String {
 
 /// Does the job; `None` where a signal ended it.
 fn work(job: &Slim<'_>, args: &Args, run_dir: &Path, talk: &Talk) -> Result<Option<Box<Slimmed>>, Failure> {
-    let mut steps = None;
+    let (mut steps, mut counts) = (None, None);
     let mut tell = |event: Event| match event {
         Event::Stage(stage) => {
+            if let Some(display) = counts.take() {
+                super::talk::Counts::done(display);
+            }
             if let Some(display) = steps.take() {
                 super::talk::Steps::done(display);
             }
             talk.say(stage);
         }
         Event::Step(what, p) => steps.get_or_insert_with(|| talk.steps(what)).show(&p),
+        Event::Count(what, done, of) => counts.get_or_insert_with(|| talk.counts(what)).show(done, of),
         Event::Note(note) => talk.say(format!("note: {note}")),
     };
     let ended = interrupt::stoppable(|stop| job.run(run_dir, args.resume, &mut tell, stop));
     if let Some(display) = steps.take() {
+        display.done();
+    }
+    if let Some(display) = counts.take() {
         display.done();
     }
     match ended {
@@ -336,13 +355,14 @@ fn finish(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         pipeline::check_written(&args.out)?;
         write_plan(&plan_path(&args.out), &s.plan, overwrite)?;
     }
-    let is_run = job.recipe != Recipe::OneShot;
+    let is_run = job.recipe != Recipe::OneShot || job.data.is_some();
     if is_run && args.no_keep_run {
         if let Err(e) = std::fs::remove_dir_all(run_dir) {
             talk.warn(format!("{}: {e}", run_dir.display()));
         }
     } else if is_run {
-        talk.say(format!("the search is kept in {} (--no-keep-run removes it)", run_dir.display()));
+        let what = if job.recipe == Recipe::OneShot { "what was measured" } else { "the search" };
+        talk.say(format!("{what} is kept in {} (--no-keep-run removes it)", run_dir.display()));
     }
     let bytes = (pipeline::file_bytes(job.model), pipeline::bytes_on_disk(&args.out));
     if args.json {
@@ -389,7 +409,7 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         "pass": s.verdict.pass && missed(job, s).is_none(),
         "out": out,
         "plan": out.as_ref().map(|_| plan_path(&args.out).display().to_string()),
-        "run": (job.recipe != Recipe::OneShot && !args.no_keep_run).then(|| run_dir.display().to_string()),
+        "run": ((job.recipe != Recipe::OneShot || job.data.is_some()) && !args.no_keep_run).then(|| run_dir.display().to_string()),
         "asked": job.asked,
         "budget": asked_promised_got(&s.plan, &s.cost).0,
         "params": s.cost.params,
@@ -397,6 +417,8 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         "bytes": bytes.map(|(before, after)| json!({ "before": before, "after": after })),
         "accuracy": accuracy,
         "latency": s.latency,
+        "basis": s.plan.basis,
+        "repairs": s.repairs,
         "search": s.search.as_ref().map(|o| json!({ "steps": o.position.step, "loss_task": o.task, "near_zero": o.near_zero })),
         "finetune": s.finetuned.as_ref().map(|f| json!({
             "steps": f.steps,

@@ -74,9 +74,9 @@ impl Talk {
         Steps { talk: self, what, is_bar: self.is_bar(), bar: None, last: None }
     }
 
-    /// A display of images that are gone through, called `what`.
-    pub(super) fn images(&self, what: &'static str) -> Images<'_> {
-        Images { talk: self, what, is_bar: self.is_bar(), bar: None, started: Instant::now(), last: Instant::now() }
+    /// A display of things that are gone through, called `what`.
+    pub(super) fn counts(&self, what: &'static str) -> Counts<'_> {
+        Counts { talk: self, what, is_bar: self.is_bar(), bar: None, started: Instant::now(), last: Instant::now() }
     }
 
     fn is_bar(&self) -> bool {
@@ -93,8 +93,8 @@ fn bar(what: &'static str, of: u64) -> ProgressBar {
     bar
 }
 
-/// A display of images that are gone through.
-pub(super) struct Images<'a> {
+/// A display of things that are gone through.
+pub(super) struct Counts<'a> {
     talk: &'a Talk,
     what: &'static str,
     is_bar: bool,
@@ -103,8 +103,8 @@ pub(super) struct Images<'a> {
     last: Instant,
 }
 
-impl Images<'_> {
-    /// `done` images of `of` are done.
+impl Counts<'_> {
+    /// `done` of `of` are done.
     pub(super) fn show(&mut self, done: usize, of: usize) {
         let left = self.started.elapsed().mul_f64(of.saturating_sub(done) as f64 / done.max(1) as f64);
         let left = if done == 0 { String::new() } else { format!("{} left", clock(left)) };
@@ -114,7 +114,7 @@ impl Images<'_> {
             bar.set_message(left);
         } else if self.last.elapsed() >= EVERY {
             self.last = Instant::now();
-            self.talk.say(format!("{} image {done}/{of}, {left}", self.what));
+            self.talk.say(format!("{} {done}/{of}, {left}", self.what));
         }
     }
 

@@ -130,30 +130,6 @@ impl Curves {
         self.groups.iter().try_for_each(|(group, points)| check_curve(group, points))
     }
 
-    /// The loss of a group at a width; never less at a smaller width than at a larger one. `None` for a group without a curve and
-    /// for widths outside its points.
-    ///
-    /// Where a measured loss falls with the width taken away, the largest loss of all wider points counts: a budget is never
-    /// promised less than was seen. Between two points the logarithm of the loss is linear in the width, because layer errors fall
-    /// like tails of a spectrum: six points span orders of magnitude, and a straight line would overrate the middle by as many
-    /// times. Next to a loss of 0, which has no logarithm, the loss itself is linear.
-    pub fn loss_at(&self, group: &str, width: usize) -> Option<f64> {
-        let points = self.groups.get(group)?;
-        let next = points.iter().position(|p| p.width >= width)?;
-        let ceiling = |from: usize| points[from..].iter().fold(0.0f64, |most, p| most.max(p.loss));
-        let right = (points[next].width, ceiling(next));
-        if right.0 == width {
-            return Some(right.1);
-        }
-        let left = (points[next.checked_sub(1)?].width, ceiling(next - 1));
-        let share = (width - left.0) as f64 / (right.0 - left.0) as f64;
-        Some(if right.1 > 0.0 {
-            (left.1.ln() * (1.0 - share) + right.1.ln() * share).exp().clamp(right.1, left.1)
-        } else {
-            left.1 * (1.0 - share)
-        })
-    }
-
     /// Writes the file: complete under its name, or not at all. One that is there is replaced.
     ///
     /// Errors: [`Curves::check`]; the disk.

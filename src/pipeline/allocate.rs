@@ -7,7 +7,7 @@ use crate::anatomy::{Group, Kind};
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Graph, Tensor, ValueId};
-use crate::plan::{Kept, Plan};
+use crate::plan::{Kept, Losses, Plan};
 use crate::slice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -98,7 +98,7 @@ impl Calibration {
             let constants = self.constants(group);
             let (widths, trials): (Vec<usize>, Vec<Trial>) = self.trials(group).into_iter().unzip();
             measure.advance_to(&constants).map_err(failed)?;
-            let mut count = |n: usize, _: usize| tell(Calibrating::Curves(done + n, all));
+            let mut count = |n: usize, of: usize| tell(Calibrating::Curves(done + n * trials.len() / of.max(1), all));
             let losses = measure.losses(&constants, &trials, &mut count, stop).map_err(failed)?;
             done += trials.len();
             let points = widths.iter().zip(losses).map(|(width, loss)| Point { width: *width, loss: loss.max(0.0) });
@@ -165,12 +165,28 @@ impl Calibration {
     }
 }
 
+/// Curves as a plan takes them.
+pub(super) fn losses(curves: &Curves) -> Losses {
+    let how = match curves.how {
+        How::Measured => "measured",
+        How::Predicted => "predicted",
+    };
+    let points = |(id, points): (&String, &Vec<Point>)| (id.clone(), points.iter().map(|p| (p.width, p.loss)).collect());
+    Losses { how: how.to_string(), groups: curves.groups.iter().map(points).collect() }
+}
+
 /// A cut whose layers were repaired.
 pub struct Repaired {
     /// The cut, its plan completed.
     pub cut: Cut,
     /// What was done, layer by layer.
     pub repairs: Vec<Repair>,
+}
+
+impl From<Cut> for Repaired {
+    fn from(cut: Cut) -> Self {
+        Self { cut, repairs: Vec::new() }
+    }
 }
 
 /// Applies a plan to the weights of a calibration, repaired where `is_compensated`.

@@ -3,11 +3,14 @@
 //! Everything that can be checked before the long work is checked by [`Slim::check`]. A part of the data takes no part in training
 //! and is what accuracy is measured on.
 
+use super::allocate::{CurveTime, Repaired, cut_calibrated, cut_trained, losses};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, calibrate};
 use super::edit::{Cut, cut, record_trained};
 use super::train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 use super::{Error, Model, ProofData, analyse, before_after, check_not_chance, class_output, make_plan, prove};
 use crate::anatomy::Kind;
 use crate::bench as latency;
+use crate::compensate::Repair;
 use crate::cost::Sizes;
 use crate::data::Dataset;
 use crate::eval::Evaluation;
@@ -26,7 +29,7 @@ use std::time::Duration;
 /// How much is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recipe {
-    /// Cut by the size of weights; nothing trains.
+    /// Look at images, cut, repair; nothing trains and no label is read. Without images: cut by the size of weights.
     OneShot,
     /// Search, then cut.
     Search,
@@ -50,6 +53,8 @@ pub struct Slim<'a> {
     pub data: Option<SlimData>,
     /// The output with class scores.
     pub output: Option<String>,
+    /// What images are asked for without training.
+    pub repair: Repairing,
     /// Settings of the search.
     pub config: Config,
     /// Settings of the fine-tuning.
@@ -60,6 +65,19 @@ pub struct Slim<'a> {
     pub runtimes: Vec<RuntimeName>,
     /// What accuracy must reach.
     pub floors: Floors,
+}
+
+/// What images are asked for without training.
+#[derive(Clone, Copy, Debug)]
+pub struct Repairing {
+    /// Images at most.
+    pub images: usize,
+    /// The basis in which dims of heads are cut.
+    pub basis: BasisChoice,
+    /// Whether what stays makes up for what goes.
+    pub is_on: bool,
+    /// How long the losses of cuts may be measured.
+    pub curves: CurveTime,
 }
 
 /// Of the data, where no other data judges.
@@ -93,6 +111,8 @@ pub enum Event {
     Stage(&'static str),
     /// Training.
     Step(&'static str, Progress),
+    /// Of something countable so many are done, of so many.
+    Count(&'static str, usize, usize),
     /// What a user should know.
     Note(String),
 }
@@ -123,6 +143,8 @@ pub struct Slimmed {
     pub before: Option<Evaluation>,
     /// The search, where there was one.
     pub search: Option<Outcome>,
+    /// What was repaired, layer by layer.
+    pub repairs: Vec<Repair>,
     /// The fine-tuning, where there was one: on images of its own.
     pub finetuned: Option<FinetuneReport>,
     /// Latency of both, in turn; none where it was not verified.
@@ -147,6 +169,22 @@ pub enum Ended {
     Done(Box<Slimmed>),
     /// By a signal; what the search has is saved.
     Interrupted,
+}
+
+impl From<Slimmed> for Ended {
+    fn from(slimmed: Slimmed) -> Self {
+        Ended::Done(Box::new(slimmed))
+    }
+}
+
+impl From<Calibrating> for Event {
+    fn from(what: Calibrating) -> Self {
+        let count = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        match what {
+            Calibrating::Statistics(done, of) => Event::Count("image", count(done), count(of)),
+            Calibrating::Curves(done, of) => Event::Count("cut", done, of),
+        }
+    }
 }
 
 impl Slim<'_> {
@@ -246,8 +284,9 @@ impl Slim<'_> {
     pub fn run(&self, run_dir: &Path, resume: bool, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Ended, Error> {
         tell(Event::Stage("evaluating the original"));
         let before = self.judge_original(stop)?;
+        let is_stopped = || stop.load(Ordering::Relaxed);
         let mut outcome = None;
-        let mut plan = match (&self.data, self.recipe) {
+        let cut = match (&self.data, self.recipe) {
             (Some(data), Recipe::Search | Recipe::SearchFinetune) => {
                 tell(Event::Stage("searching"));
                 let mut progress = |p: Progress| tell(Event::Step("search", p));
@@ -256,19 +295,25 @@ impl Slim<'_> {
                     return Ok(Ended::Interrupted);
                 }
                 outcome = Some(found);
-                self.plan(&super::read_run(self.model, run_dir)?.scores())?
+                let plan = self.plan(&super::read_run(self.model, run_dir)?.scores())?;
+                tell(Event::Stage("cutting"));
+                match self.repair.is_on {
+                    true => self.repair_trained(&plan, data, run_dir, tell, stop)?,
+                    false => cut(self.model, Path::new("plan"), &plan, Some(run_dir))?.into(),
+                }
             }
-            _ => self.check()?,
+            (Some(data), Recipe::OneShot) if !data.train.is_empty() => self.one_shot(data, run_dir, tell, stop)?,
+            _ => {
+                let plan = self.check()?;
+                tell(Event::Stage("cutting"));
+                cut(self.model, Path::new("plan"), &plan, None)?.into()
+            }
         };
-        let is_stopped = || stop.load(Ordering::Relaxed);
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        tell(Event::Stage("cutting"));
-        let weights = outcome.as_ref().map(|_| run_dir);
-        let Cut { sliced, plan: completed, warnings } = cut(self.model, Path::new("plan"), &plan, weights)?;
+        let Repaired { cut: Cut { sliced, mut plan, warnings }, repairs } = cut;
         warnings.into_iter().for_each(|w| tell(Event::Note(w)));
-        plan = completed;
         let cost = before_after(self.model, &sliced)?;
         let mut graph = sliced.graph;
         let mut finetuned = None;
@@ -279,7 +324,8 @@ impl Slim<'_> {
                 return Ok(Ended::Interrupted);
             }
             if !verdict.pass {
-                return Ok(self.done(graph, plan, cost, verdict, before, outcome, None, None));
+                let search = outcome;
+                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, finetuned, latency: None }.into());
             }
             tell(Event::Stage("fine-tuning"));
             let tuned = self.tune(&graph, data, tell, stop)?;
@@ -290,33 +336,67 @@ impl Slim<'_> {
         }
         tell(Event::Stage("verifying"));
         let verdict = self.prove(&graph, &plan, self.data.as_ref().map(|d| &d.judge))?;
-        if !verdict.pass {
-            return Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, None));
+        let mut latency = None;
+        if verdict.pass && !is_stopped() {
+            tell(Event::Stage("measuring latency"));
+            latency = Some(self.latency(&graph)?);
         }
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        tell(Event::Stage("measuring latency"));
-        let latency = self.latency(&graph)?;
-        if is_stopped() {
-            return Ok(Ended::Interrupted);
-        }
-        Ok(self.done(graph, plan, cost, verdict, before, outcome, finetuned, Some(latency)))
+        Ok(Slimmed { graph, plan, cost, verdict, before, search: outcome, repairs, finetuned, latency }.into())
     }
 
-    #[allow(clippy::too_many_arguments, reason = "it fills a record of eight fields")]
-    fn done(
+    fn calibration<'b>(&'b self, data: &'b SlimData, dir: Option<&'b Path>) -> CalibrateAsk<'b> {
+        CalibrateAsk {
+            data: &data.train,
+            images: self.repair.images,
+            basis: self.repair.basis,
+            batch: self.config.batch,
+            seed: self.config.seed,
+            output: self.output.as_deref(),
+            session: &self.session,
+            dir,
+        }
+    }
+
+    /// Looks at images, measures what cuts lose, plans by that, cuts and repairs. No labels, no training.
+    fn one_shot(
         &self,
-        graph: Graph,
-        plan: Plan,
-        cost: Promised,
-        verdict: Verdict,
-        before: Option<Evaluation>,
-        search: Option<Outcome>,
-        finetuned: Option<FinetuneReport>,
-        latency: Option<latency::Report>,
-    ) -> Ended {
-        Ended::Done(Box::new(Slimmed { graph, plan, cost, verdict, before, search, finetuned, latency }))
+        data: &SlimData,
+        dir: &Path,
+        tell: &mut dyn FnMut(Event),
+        stop: &AtomicBool,
+    ) -> Result<Repaired, Error> {
+        std::fs::create_dir_all(dir).map_err(|e| Error::unsuitable(dir, e.to_string()))?;
+        tell(Event::Stage("looking at images"));
+        let ask = self.calibration(data, Some(dir));
+        let found = calibrate(self.model, &ask, &mut |c| tell(c.into()), stop)?;
+        let Ask::Budget { kinds, .. } = self.ask else {
+            let plan = self.plan(&found.scores)?;
+            tell(Event::Stage("cutting"));
+            return cut_calibrated(self.model, Path::new("plan"), &plan, &found, self.repair.is_on);
+        };
+        tell(Event::Stage("measuring what cuts lose"));
+        let curves = found.curves(self.model, &ask, &self.repair.curves, kinds, &mut |c| tell(c.into()), stop)?;
+        let limits = Limits { losses: Some(losses(&curves)), ..self.limits.clone() };
+        let mut plan = make_plan(self.model, &found.scores, self.ask, self.asked, &limits)?;
+        plan.seed = self.config.seed;
+        tell(Event::Stage("cutting"));
+        cut_calibrated(self.model, Path::new("plan"), &plan, &found, self.repair.is_on)
+    }
+
+    /// Cuts what a search trained, and repairs it.
+    fn repair_trained(
+        &self,
+        plan: &Plan,
+        data: &SlimData,
+        run_dir: &Path,
+        tell: &mut dyn FnMut(Event),
+        stop: &AtomicBool,
+    ) -> Result<Repaired, Error> {
+        let ask = self.calibration(data, None);
+        cut_trained(self.model, (Path::new("plan"), plan), run_dir, &ask, &mut |c| tell(c.into()), stop)
     }
 
     fn tune(&self, graph: &Graph, data: &SlimData, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Finetuned, Error> {

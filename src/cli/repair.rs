@@ -1,0 +1,54 @@
+//! Flags of commands that look at images without training.
+
+use crate::pipeline::BasisChoice;
+use clap::builder::TypedValueParser;
+
+/// In which basis dims of heads are cut.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum BasisArg {
+    /// That of the data where it is proven to leave the function as it is
+    Auto,
+    /// That of the data; an error where that cannot be
+    Rotated,
+    /// That of the model
+    Original,
+}
+
+impl From<BasisArg> for BasisChoice {
+    fn from(word: BasisArg) -> Self {
+        match word {
+            BasisArg::Auto => BasisChoice::Auto,
+            BasisArg::Rotated => BasisChoice::Rotated,
+            BasisArg::Original => BasisChoice::Original,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    /// Yes
+    On,
+    /// No
+    Off,
+}
+
+/// How a cut is repaired.
+#[derive(Debug, clap::Args)]
+pub(super) struct RepairArgs {
+    /// Images to look at, drawn by the seed; labels are not read
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..=1_000_000).map(|n| n as usize))]
+    pub(super) images: usize,
+    /// In which basis dims of heads are cut
+    #[arg(long, value_enum, default_value_t = BasisArg::Auto)]
+    pub(super) basis: BasisArg,
+    /// Whether the weights behind a cut make up for it
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    compensate: Switch,
+}
+
+impl RepairArgs {
+    /// Whether layers are repaired.
+    pub(super) fn is_on(&self) -> bool {
+        self.compensate == Switch::On
+    }
+}
