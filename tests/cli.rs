@@ -64,7 +64,7 @@ fn options_are_there_where_they_apply() {
     }
     has("slim", &["--budget", "--keep", "--recipe", "--run", "--dry-run", "--keep-rejected", "--no-keep-run", "--min-accuracy"]);
     has("search", &["--resume", "--epochs", "--lr", "--l1", "--tie", "--gates"]);
-    has("plan", &["--scores", "--by", "--run", "--round", "--protect", "--kinds"]);
+    has("plan", &["--scores", "--by", "--run", "--round", "--min-width", "--protect", "--kinds"]);
     has("slice", &["--plan", "--weights"]);
     has("mask", &["--from"]);
     has("verify", &["--against", "--plan", "--runtimes", "--min-accuracy", "--max-drop"]);
@@ -223,6 +223,34 @@ fn a_budget_is_met_closely_also_with_tokens() {
         let share = macs["after"].as_f64().unwrap() / macs["before"].as_f64().unwrap();
         assert!((0.49..=0.5).contains(&share), "{kinds}: {share}");
     }
+}
+
+#[test]
+fn bytes_are_a_budget_and_what_is_promised_is_got() {
+    let (sandbox, model) = (Sandbox::default(), digits("vit-digits.onnx"));
+    let plan = ["plan", &model, "--by", "random", "-o", "p.json", "--force", "--json"];
+    for (budget, round) in [("bytes=0.6", "1"), ("bytes=0.7,macs=0.5", "8")] {
+        let told = ok(&sandbox.run(&[&plan[..], &["--budget", budget, "--round", round, "--min-width", "mlp=16"]].concat()));
+        let promised = &told["budget"]["promised"];
+        let share = |m: &str| promised[m]["after"].as_f64().unwrap() / promised[m]["before"].as_f64().unwrap();
+        let fullest =
+            if budget.contains("macs") { (share("bytes") / 0.7).max(share("macs") / 0.5) } else { share("bytes") / 0.6 };
+        assert!((0.99..=1.0).contains(&fullest), "{budget}: {promised}");
+        let cut = ok(&sandbox.run(&["slice", &model, "--plan", "p.json", "-o", "b.onnx", "--force", "--json"]));
+        assert_eq!((&cut["budget"]["got"], cut["budget"]["asked"].as_str()), (promised, Some(budget)));
+    }
+    // Widths in large steps, and the plan says what that means.
+    let coarse = ["--budget", "macs=0.5", "--kinds", "mlp", "--round", "192"];
+    let ran = sandbox.run(&[&plan[..7], &coarse].concat());
+    if ran.code == 0 {
+        let told: Value = serde_json::from_slice(&std::fs::read(sandbox.at("p.json")).unwrap()).unwrap();
+        assert_eq!(told["budget"]["note"].is_string(), ran.stderr.contains("widths allow nothing closer"), "{ran:?}");
+    }
+    let one = ok(&sandbox.run(&[&plan[..], &["--keep", "mlp=0.5,mlp.2=0.25"]].concat()));
+    let kept = |id: &str| one["groups"][id]["kept"].as_array().map(Vec::len);
+    assert_eq!((kept("mlp.1"), kept("mlp.2")), (Some(192), Some(96)));
+    let ran = sandbox.run(&[&plan[..], &["--keep", "mlp.77=0.5"]].concat());
+    assert!(ran.code == 2 && ran.stderr.contains("the model has no group 'mlp.77'"), "{ran:?}");
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use super::eval::share_words;
 use super::failure::Failure;
 use super::inspect::grouped;
-use super::repair::RepairArgs;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, fraction, runtimes};
 use super::plan::{WidthArgs, ask, asked_promised_got, promise};
+use super::repair::RepairArgs;
 use super::slice::{plan_path, write_plan};
 use super::talk::{Talk, clock};
 use super::train::{GateArgs, StepArgs, finetune_config, search_config};

@@ -211,25 +211,6 @@ mod tests {
     }
 
     #[test]
-    fn losses_between_points_are_monotone_and_go_through_them() {
-        let c = curves(&[(8, 1e-3), (2, 1.0), (4, 1e-2), (6, 2e-2)], 12).unwrap();
-        for (width, loss) in [(2, 1.0), (4, 2e-2), (6, 2e-2), (8, 1e-3), (12, 0.0), (10, 5e-4)] {
-            assert!((c.loss_at("a", width).unwrap() - loss).abs() < 1e-15, "{width}: {:?}", c.loss_at("a", width));
-        }
-        // Half way in the logarithm.
-        assert!((c.loss_at("a", 3).unwrap() - (1.0f64 * 2e-2).sqrt()).abs() < 1e-12);
-        let all: Vec<f64> = (2..=12).map(|w| c.loss_at("a", w).unwrap()).collect();
-        assert!(all.windows(2).all(|pair| pair[0] >= pair[1]), "{all:?}");
-        assert_eq!((c.loss_at("a", 1), c.loss_at("a", 13), c.loss_at("b", 4)), (None, None, None));
-    }
-
-    #[test]
-    fn a_curve_without_losses_is_zero() {
-        let c = curves(&[(1, 0.0)], 3).unwrap();
-        assert_eq!((c.loss_at("a", 1), c.loss_at("a", 2)), (Some(0.0), Some(0.0)));
-    }
-
-    #[test]
     fn what_is_no_curve_is_refused() {
         for bad in [&[(1, f64::NAN)][..], &[(1, f64::INFINITY)], &[(1, -1.0)], &[(1, 0.5), (1, 0.5)], &[(4, 0.5)], &[(5, 0.0)]] {
             assert!(curves(bad, 4).is_err(), "{bad:?}");

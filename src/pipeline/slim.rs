@@ -361,13 +361,7 @@ impl Slim<'_> {
     }
 
     /// Looks at images, measures what cuts lose, plans by that, cuts and repairs. No labels, no training.
-    fn one_shot(
-        &self,
-        data: &SlimData,
-        dir: &Path,
-        tell: &mut dyn FnMut(Event),
-        stop: &AtomicBool,
-    ) -> Result<Repaired, Error> {
+    fn one_shot(&self, data: &SlimData, dir: &Path, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Repaired, Error> {
         std::fs::create_dir_all(dir).map_err(|e| Error::unsuitable(dir, e.to_string()))?;
         tell(Event::Stage("looking at images"));
         let ask = self.calibration(data, Some(dir));

@@ -21,7 +21,7 @@ const LEVELS_MAX: usize = 128;
 const BINS: usize = 4096;
 
 /// Parts into which the weight of several targets is divided.
-const WEIGHT_PARTS: usize = 6;
+const WEIGHT_PARTS: usize = 4;
 
 /// So much of a target is close enough.
 const CLOSE: f64 = 0.99;
@@ -31,6 +31,14 @@ const TRIALS_MAX: usize = 400;
 
 /// Steps taken of each ladder.
 type Counts = Vec<usize>;
+
+/// A choice and its cost, which follows when one ladder moves.
+struct Point {
+    counts: Counts,
+    sizes: ClassSizes,
+    tokens: TokenCounts,
+    cost: Cost,
+}
 
 /// What is to be chosen, and what it costs.
 pub(super) struct Chooser<'a, 'm> {
@@ -98,8 +106,28 @@ impl Chooser<'_, '_> {
         self.model.under(&sizes, &tokens)
     }
 
-    fn is_met(&self, counts: &[usize]) -> bool {
-        self.fullness(counts) <= 1.0
+    fn point(&self, counts: Counts) -> Point {
+        let (sizes, tokens) = self.sizes(&counts);
+        let cost = self.model.under(&sizes, &tokens);
+        Point { counts, sizes, tokens, cost }
+    }
+
+    /// Moves one ladder. Only what its group bears on is counted again.
+    fn go(&self, at: &mut Point, i: usize, n: usize) {
+        let ladder = &self.ladders[i];
+        let before = self.model.around(ladder.group, &at.sizes, &at.tokens);
+        Self::set(ladder, n, &mut at.sizes, &mut at.tokens);
+        let after = self.model.around(ladder.group, &at.sizes, &at.tokens);
+        at.counts[i] = n;
+        at.cost = Cost {
+            params: at.cost.params + after.params - before.params,
+            bytes: at.cost.bytes + after.bytes - before.bytes,
+            macs: at.cost.macs.zip(after.macs).zip(before.macs).map(|((all, after), before)| all + after - before),
+        };
+    }
+
+    fn is_met(&self, cost: &Cost) -> bool {
+        self.fullness(cost) <= 1.0
     }
 
     fn predicted(&self, counts: &[usize]) -> f64 {
@@ -151,34 +179,34 @@ impl Chooser<'_, '_> {
         let (mut low, mut high) = (0, moves.len());
         while low < high {
             let middle = (low + high) / 2;
-            if self.is_met(&after(middle)) { high = middle } else { low = middle + 1 }
+            if self.is_met(&self.cost(&after(middle))) { high = middle } else { low = middle + 1 }
         }
         let counts = self.given_back(self.repaired(after(high), weights), weights);
-        let fullness = self.fullness(&counts);
+        let fullness = self.fullness(&self.cost(&counts));
         if high == 0 || fullness >= CLOSE {
             return counts;
         }
-        let mut current = after(high - 1);
+        let mut current = self.point(after(high - 1));
         let mut best = (fullness, counts);
         for (i, n) in moves[high - 1..].iter().take(TRIALS_MAX) {
-            let old = std::mem::replace(&mut current[*i], *n);
-            let fullness = self.fullness(&current);
+            let old = current.counts[*i];
+            self.go(&mut current, *i, *n);
+            let fullness = self.fullness(&current.cost);
             if fullness > 1.0 {
                 continue;
             }
             if fullness > best.0 {
-                best = (fullness, current.clone());
+                best = (fullness, current.counts.clone());
             }
-            current[*i] = old;
+            self.go(&mut current, *i, old);
         }
         self.given_back(best.1, weights)
     }
 
     /// Cost as a fraction of the target that is closest: above 1 exactly where a target is missed.
-    fn fullness(&self, counts: &[usize]) -> f64 {
-        let cost = self.cost(counts);
+    fn fullness(&self, cost: &Cost) -> f64 {
         let of = |(measure, target): (&Measure, &f64)| {
-            let share = measure.share(&cost, &self.whole);
+            let share = measure.share(cost, &self.whole);
             if share <= *target { (share / target).min(1.0) } else { (share / target).max(1.0 + f64::EPSILON) }
         };
         self.targets.iter().map(of).fold(0.0, f64::max)
@@ -281,52 +309,55 @@ impl Chooser<'_, '_> {
         let chosen = allocate::dynamic(&sites, needed * (1.0 - 1e-12), BINS)?;
         let counts = chosen.iter().zip(&levels).map(|(level, levels)| levels[*level]).collect();
         let counts = self.repaired(counts, weights);
-        self.is_met(&counts).then(|| self.given_back(counts, weights))
+        self.is_met(&self.cost(&counts)).then(|| self.given_back(counts, weights))
     }
 
     /// Further stops, the least loss per saving first, until the targets are met.
-    fn repaired(&self, mut counts: Counts, weights: &BTreeMap<Measure, f64>) -> Counts {
-        if self.is_met(&counts) {
-            return counts;
+    fn repaired(&self, counts: Counts, weights: &BTreeMap<Measure, f64>) -> Counts {
+        let mut at = self.point(counts);
+        if self.is_met(&at.cost) {
+            return at.counts;
         }
-        let (sites, levels) = (self.sites(&counts, weights), self.all_levels());
-        while !self.is_met(&counts) {
+        let (sites, levels) = (self.sites(&at.counts, weights), self.all_levels());
+        while !self.is_met(&at.cost) {
             let slope = |i: usize| {
-                let n = self.ladders[i].behind(counts[i])?;
+                let (old, n) = (at.counts[i], self.ladders[i].behind(at.counts[i])?);
                 let saved = |n: usize| interpolated(&levels[i], &sites[i].saved, n);
-                let saving = (saved(n) - saved(counts[i])).max(f64::MIN_POSITIVE);
-                Some((i, n, (self.loss[i][n] - self.loss[i][counts[i]]) / saving))
+                let saving = (saved(n) - saved(old)).max(f64::MIN_POSITIVE);
+                Some((i, n, (self.loss[i][n] - self.loss[i][old]) / saving))
             };
-            let Some((i, n, _)) = (0..counts.len()).filter_map(slope).min_by(|a, b| a.2.total_cmp(&b.2)) else { break };
-            counts[i] = n;
+            let Some((i, n, _)) = (0..self.ladders.len()).filter_map(slope).min_by(|a, b| a.2.total_cmp(&b.2)) else { break };
+            self.go(&mut at, i, n);
         }
-        counts
+        at.counts
     }
 
     /// Gives back what the targets leave room for: stops that lose most per saving first, whole levels before single ones.
-    fn given_back(&self, mut counts: Counts, weights: &BTreeMap<Measure, f64>) -> Counts {
-        let sites = self.sites(&counts, weights);
-        let levels = self.all_levels();
+    fn given_back(&self, counts: Counts, weights: &BTreeMap<Measure, f64>) -> Counts {
+        let (sites, levels) = (self.sites(&counts, weights), self.all_levels());
+        let mut at = self.point(counts);
         let one_level = |i: usize, n: usize| levels[i][..levels[i].partition_point(|l| *l < n)].last().copied();
         let one_stop = |i: usize, n: usize| self.ladders[i].before(n);
         for less in [&one_level as &dyn Fn(usize, usize) -> Option<usize>, &one_stop] {
-            let mut open = vec![true; counts.len()];
+            let mut open = vec![true; self.ladders.len()];
             loop {
                 let worth = |i: usize| {
-                    let n = less(i, counts[i])?;
+                    let (old, n) = (at.counts[i], less(i, at.counts[i])?);
                     let saved = |n: usize| interpolated(&levels[i], &sites[i].saved, n);
-                    let saving = (saved(counts[i]) - saved(n)).max(f64::MIN_POSITIVE);
-                    Some((i, n, (self.loss[i][counts[i]] - self.loss[i][n]) / saving))
+                    let saving = (saved(old) - saved(n)).max(f64::MIN_POSITIVE);
+                    Some((i, n, (self.loss[i][old] - self.loss[i][n]) / saving))
                 };
-                let candidates = (0..counts.len()).filter(|i| open[*i]).filter_map(worth);
+                let candidates = (0..self.ladders.len()).filter(|i| open[*i]).filter_map(worth);
                 let Some((i, n, _)) = candidates.max_by(|a, b| a.2.total_cmp(&b.2).then(b.0.cmp(&a.0))) else { break };
-                let old = std::mem::replace(&mut counts[i], n);
-                if !self.is_met(&counts) {
-                    (counts[i], open[i]) = (old, false);
+                let old = at.counts[i];
+                self.go(&mut at, i, n);
+                if !self.is_met(&at.cost) {
+                    self.go(&mut at, i, old);
+                    open[i] = false;
                 }
             }
         }
-        counts
+        at.counts
     }
 }
 
