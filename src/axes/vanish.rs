@@ -97,7 +97,9 @@ impl Walk<'_> {
             && match self.all.carriers[carrier].of {
                 Of::Virtual(..) => false,
                 // What is cut for one reader alone is not zeroed in the twin.
-                Of::Private(v, _) => self.graph.constant(v).is_some_and(|t| is_all_zero(&t)) || self.is_cut_for_all(carrier, v, class),
+                Of::Private(v, _) => {
+                    self.graph.constant(v).is_some_and(|t| is_all_zero(&t)) || self.is_cut_for_all(carrier, v, class)
+                }
                 Of::Value(v) if self.graph.is_constant(v) => true,
                 Of::Value(v) => match self.graph.value(v).producer() {
                     Some((id, _)) => self.keeps_zero(id, class),
@@ -117,9 +119,12 @@ impl Walk<'_> {
         let mine = sees(carrier);
         self.graph.is_constant(v)
             && self.unified.case_count(carrier) == 1
-            && self.graph.value(v).users().iter().all(|at| {
-                reader(at).is_some_and(|c| self.unified.case_count(c) == 1 && self.holds(c, class) && sees(c) == mine)
-            })
+            && self
+                .graph
+                .value(v)
+                .users()
+                .iter()
+                .all(|at| reader(at).is_some_and(|c| self.unified.case_count(c) == 1 && self.holds(c, class) && sees(c) == mine))
     }
 
     fn holds(&self, carrier: CarrierId, class: ClassId) -> bool {
