@@ -4,6 +4,8 @@
 
 #[path = "onnx/bad_models.rs"]
 mod bad_models;
+#[path = "onnx/branches.rs"]
+mod branches;
 #[path = "onnx/files.rs"]
 mod files;
 

@@ -42,7 +42,9 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("search", "graph onnx infer* anatomy* score* supernet autodiff data runtime eval"),
     ("stats", "graph onnx infer* data runtime eval"),
     ("fold", "graph ops infer axes* anatomy* score* plan* slice*"),
-    ("compensate", "graph ops onnx infer* axes* anatomy* plan* slice* data runtime"),
+    // Where a weight meets its operand is found by the walk that folds gates into weights.
+    ("compensate", "graph infer* anatomy* fold stats*"),
+    ("basis", "graph infer* axes* anatomy* fold compensate*"),
     ("curves", "graph onnx infer* data runtime eval"),
     ("verify", "graph ops onnx infer anatomy* cost* plan* slice* data runtime eval"),
     // The one place that calls stages.
@@ -63,14 +65,18 @@ const OPERATOR_NAMES: &[&str] = &[
     "anatomy/",       // knows attention and pooling by structure: softmax, product, mean
     "supernet/",      // rewrites, and writes out fused attention
     "fold/",          // follows a gate back to a weight that can take it
+    "basis/",         // knows products of queries and keys, and of values, by structure
     "autodiff/",      // losses and updates are made of nodes; the table of CUDA kernels
 ];
 
 /// Names of operators elsewhere: file, reason.
 const OPERATOR_NAME_EXCEPTIONS: &[(&str, &str)] = &[
+    ("compensate/consumer.rs", "a bias is an input of Gemm and Conv, and an Add behind MatMul"),
+    ("pipeline/calibrate.rs", "queries and keys of FusedMatMul can be seen, those of fused attention cannot"),
     ("cost/mod.rs", "a tensor in a Constant node counts as parameters"),
     ("graph/model.rs", "a Constant node is a constant, wherever its tensor is stored"),
     ("onnx/body.rs", "the same, in bodies of subgraphs"),
+    ("onnx/branch.rs", "an initializer of a branch becomes a Constant node"),
     ("onnx/function.rs", "an input that a function passes on becomes an Identity"),
     ("onnx/read.rs", "a sparse initializer stands in the graph as a Constant node"),
     ("onnx/write.rs", "that Constant node is written back as the initializer it was"),

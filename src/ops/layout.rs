@@ -436,7 +436,7 @@ mod tests {
         let n = p.ints(&[1, 4, 2]);
         let y = p.op("Tile", &[x, n], vec![]);
         assert_eq!(p.shape(y), "b 4 6");
-        let links = ["in0.0 = out0.0", "out0.1 unread", "in0.2 | repeated by Tile", "out0.2 | repeated by Tile"];
+        let links = ["in0.0 = out0.0", "out0.1 unread", "in0.2 = v0.1", "v0[0, 1] ~ out0[2]", "v0.0 unread"];
         assert_eq!(p.axes(y), links);
         assert_eq!(p.grad(y).map(|ops| ops.last().cloned()), Ok(Some("ReduceSum".into())));
         assert_eq!(p.refit(y, &[(y, 1, &[0, 3])]), Ok(vec![(1, vec![(1, 2)])]));
