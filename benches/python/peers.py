@@ -5,8 +5,8 @@
 
 Development only; versions: peers-requirements.txt. The models have random weights of seed 0 and full size (DeiT-Tiny's: 12 layers, width
 192, 3 heads, 224 x 224; Swin-T), so the table shows what is found, cut and still runs, and says nothing about accuracy. With --fresh all
-weights are as initialised, zero biases and unit scales included, which exporters merge into few shared constants; without it every
-vector is drawn as well, so that no two are equal.
+weights are as initialised (but for matrices of zeros), zero biases and unit scales included, which exporters merge into few shared
+constants; without it every vector is drawn as well, so that no two are equal.
 
 vitrim cuts each kind by itself (heads to a third, MLP, qk and vo to a half) and all four at once. A cell counts the layers of which a
 group was found, then is `yes` where the cut model has fewer weights, loads in ONNX Runtime, and equals the original with what was cut set
@@ -51,9 +51,10 @@ def main():
     make.add_argument("folder", type=Path)
     make.add_argument("--fresh", action="store_true", help="weights as initialised")
     show = commands.add_parser("table")
+    for command in (make, show):
+        command.add_argument("--only", default="", help="part of a model's name")
     show.add_argument("folder", type=Path)
     show.add_argument("--vitrim", required=True)
-    show.add_argument("--only", default="", help="part of a model's name")
     show.add_argument("--without-onnxsim", action="store_true")
     rival = commands.add_parser("onnxsim", help="one model, in a process of its own")
     rival.add_argument("model")
@@ -61,7 +62,8 @@ def main():
     if args.command == "export":
         args.folder.mkdir(parents=True, exist_ok=True)
         for row in EXPORTS:
-            export(args.folder, row, args.fresh)
+            if args.only in row[0]:
+                export(args.folder, row, args.fresh)
     elif args.command == "onnxsim":
         print(json.dumps(by_onnxsim(args.model)))
     else:
@@ -109,12 +111,12 @@ def export(folder, row, fresh):
     name, maker, attention, exporter, opset, dynamic = row
     path = folder / f"{name}.onnx"
     model = build(maker, attention).eval()
-    if not fresh:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() < 2 or not parameter.any():
-                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            empty = parameter.dim() >= 2 and not parameter.any()  # torchvision's classifier: every output would be zero
+            if empty or (parameter.dim() < 2 and not fresh):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     images = torch.zeros(1, 3, SIDE, SIDE)
     names = {"input_names": ["input"], "output_names": ["logits"]}
     with torch.no_grad():
