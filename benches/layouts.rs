@@ -23,8 +23,8 @@ use vitrim::cost::{self, Cost, Sizes};
 use vitrim::data::array::{Array, ArrayData};
 use vitrim::graph::{Graph, Storage};
 use vitrim::infer::Facts;
+use vitrim::plan::Kept;
 use vitrim::runtime::{RuntimeName, Session, SessionOptions, open_graph};
-use vitrim::slice::cutset::Kept;
 use vitrim::{pipeline, slice};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;

@@ -76,6 +76,6 @@ fn source(graph: &Graph, constant: ValueId, factor: &Factor) -> Result<Source, S
     if tensor.dims.len() != factor.dims.len() || axes.iter().any(|a| tensor.dims[*a] != factor.dims[*a]) {
         return Err(format!("'{}' is broadcast", graph.value(constant).name()));
     }
-    let units = factor.values.iter().map(|x| (*x >= FIRST).then(|| (*x - FIRST) as usize)).collect();
+    let units = factor.values.iter().map(|x| (*x >= FIRST).then_some((*x - FIRST) as usize)).collect();
     Ok(Source { constant, axes, units })
 }

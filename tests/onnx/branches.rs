@@ -90,7 +90,7 @@ fn conditions_that_are_gone_and_parameters_that_would_be_lost_are_seen() {
     let choose = &mut model.graph.as_mut().unwrap().node[1];
     let other = choose.attribute[1].g.as_mut().unwrap();
     other.node = vec![node("MatMul", &["t", "U"], &["b"])];
-    other.initializer = vec![TensorProto { name: Some("U".into()), ..super::weight() }];
+    other.initializer = vec![TensorProto { name: Some("U".into()), ..weight() }];
     let mut graph = from_model(&model).unwrap().graph;
     assert_eq!(open(&mut graph), 0);
     assert!(graph.nodes().any(|(_, n)| n.op() == "If"));
