@@ -32,6 +32,18 @@ pub enum BasisChoice {
     Original,
 }
 
+/// How what stays makes up for what goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compensation {
+    /// Not at all.
+    Off,
+    /// Every layer by what the model as it was says of it.
+    AtOnce,
+    /// Layer by layer over the depth, by what each gets from the layers before it once they were cut and repaired.
+    #[default]
+    InOrder,
+}
+
 /// What is asked of a calibration.
 #[derive(Clone, Copy)]
 pub struct CalibrateAsk<'a> {
@@ -60,6 +72,8 @@ pub enum Calibrating {
     Statistics(u64, u64),
     /// Trials measured, and of how many.
     Curves(usize, usize),
+    /// Layers repaired in order, and of how many.
+    Layers(usize, usize),
 }
 
 /// A model that images were shown to.
@@ -216,7 +230,7 @@ fn statistics(
     let sha256 = model.sha256()?;
     let images = ask.images.min(ask.data.len());
     let file = ask.dir.map(|d| d.join("stats.safetensors"));
-    let failed = |cause: StatsError| Error::Stats { file: model.path.clone(), cause: Box::new(cause) };
+    let failed = |cause: StatsError| stats_error(model, cause);
     if let Some(file) = file.as_deref().filter(|f| f.exists()) {
         match Stats::read(file, &sha256, &base.graph, probes) {
             Ok(found) if found.images == images as u64 && found.seed == ask.seed => return Ok(found),
@@ -242,6 +256,10 @@ fn statistics(
         found.write(file, &base.graph, probes).map_err(failed)?;
     }
     Ok(found)
+}
+
+pub(super) fn stats_error(model: &Model, cause: StatsError) -> Error {
+    Error::Stats { file: model.path.clone(), cause: Box::new(cause) }
 }
 
 /// Positions of a head in a site: one list per head of the group and per query head that shares its keys.
@@ -454,6 +472,23 @@ fn order(group: &Group, layers: &[Layer]) -> Option<Vec<f32>> {
 }
 
 impl Calibration {
+    /// The model at full width with the weights to be cut.
+    pub(super) fn weights(
+        &self,
+        model: &Model,
+        kept: &Kept,
+        how: Compensation,
+        ask: &CalibrateAsk<'_>,
+        tell: &mut dyn FnMut(Calibrating),
+        stop: &AtomicBool,
+    ) -> Result<(Graph, Vec<Repair>), Error> {
+        match how {
+            Compensation::Off => Ok((self.base.graph.clone(), Vec::new())),
+            Compensation::AtOnce => Ok(self.repair(kept)),
+            Compensation::InOrder => self.repair_in_order(model, kept, ask, tell, stop),
+        }
+    }
+
     /// The model at full width with the weights that make up for the units that go, and what that did layer by layer.
     pub fn repair(&self, kept: &Kept) -> (Graph, Vec<Repair>) {
         let mut graph = self.base.graph.clone();
