@@ -1,6 +1,6 @@
 //! What cuts cost: the loss of every group at several widths, measured with the group cut and repaired.
 
-use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate_from};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate_from, on_all_cores};
 use super::edit::{Cut, changed, edited, splits_between, trained};
 use super::{Error, Model, analyse, class_output};
 use crate::anatomy::{Group, Kind};
@@ -22,14 +22,14 @@ pub struct CurveTime {
     pub images: usize,
 }
 
-/// Shares of a head's dims, or of an MLP's units, at which losses are measured.
-const LEVELS: [f64; 8] = [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625];
+/// Shares of a head's dims, or of an MLP's units, at which losses are measured; beside these, one alone.
+const LEVELS: [f64; 7] = [0.875, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625];
 
 /// Widths of a group that are tried, falling: bundles that stay of each head.
 fn levels(group: &Group) -> Vec<usize> {
     let all = bundles(group);
-    let counts: BTreeSet<usize> =
-        LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1)).filter(|n| *n < all).collect();
+    let shares = LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1));
+    let counts: BTreeSet<usize> = shares.chain([1]).filter(|n| *n < all).collect();
     counts.into_iter().rev().collect()
 }
 
@@ -82,7 +82,7 @@ impl Calibration {
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
         let settings =
             curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
-        let span = curves::Time { sites: groups.len(), trials: LEVELS.len(), seconds: time.seconds, at_most: time.images };
+        let span = curves::Time { sites: groups.len(), trials: LEVELS.len() + 1, seconds: time.seconds, at_most: time.images };
         let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
         let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
         let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
@@ -123,9 +123,8 @@ impl Calibration {
     /// The group cut to each width and repaired, as edits of constants.
     fn trials(&self, group: &Group) -> Vec<(usize, Trial)> {
         let scores = &self.scores.groups[&group.id];
-        let mut trials = Vec::new();
-        for count in levels(group) {
-            let units = best(group, scores, count);
+        on_all_cores(&levels(group), |count| {
+            let units = best(group, scores, *count);
             let kept = Kept::from([(group.id.clone(), units.clone())]);
             let mut edits: BTreeMap<ValueId, Tensor> = BTreeMap::new();
             for layer in &self.layers {
@@ -136,9 +135,8 @@ impl Calibration {
             if edits.is_empty() {
                 edits = self.zeroed(group, &units);
             }
-            trials.push((units.len(), Trial { edits: edits.into_iter().collect() }));
-        }
-        trials
+            (units.len(), Trial { edits: edits.into_iter().collect() })
+        })
     }
 
     /// The weights of a group with the positions of units that go zeroed.

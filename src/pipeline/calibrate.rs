@@ -18,7 +18,7 @@ use crate::stats::{self, Probe, Stats, StatsError};
 use faer::Mat;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// In which basis dims of heads are cut.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,14 +144,36 @@ pub(super) fn calibrate_from(
         scores.groups.insert(r.group.clone(), b.carried.iter().map(|c| *c as f32).collect());
     }
     let rotated: BTreeSet<String> = bases.into_iter().map(|(r, _)| r.group).collect();
-    for group in base.anatomy.groups.iter().filter(|g| !rotated.contains(&g.id)) {
-        let found = match group.kind {
-            Kind::Qk => energies(group, &found),
-            _ => order(group, &layers),
-        };
-        scores.groups.extend(found.map(|s| (group.id.clone(), s)));
+    let others: Vec<&Group> = base.anatomy.groups.iter().filter(|g| !rotated.contains(&g.id)).collect();
+    let orders = on_all_cores(&others, |group| match group.kind {
+        Kind::Qk => energies(group, &found),
+        _ => order(group, &layers),
+    });
+    for (group, order) in others.iter().zip(orders) {
+        scores.groups.extend(order.map(|s| (group.id.clone(), s)));
     }
     Ok(Calibration { base, layers, scores, rotated, refused, images: found.images })
+}
+
+/// What `f` gives for each item, in their order, on as many threads as the process may use.
+pub(super) fn on_all_cores<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        while let Some((n, item)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, items.get(n)?))) {
+            done.push((n, f(item)));
+        }
+        done
+    };
+    let mut all: Vec<(usize, R)> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut all = work();
+        all.extend(others.into_iter().flat_map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))));
+        all
+    });
+    all.sort_by_key(|(n, _)| *n);
+    all.into_iter().map(|(_, r)| r).collect()
 }
 
 /// The model in which every consumer has a bias of its own: merged ones are taken apart, so that one can be refitted alone.
