@@ -115,9 +115,9 @@ pub(super) fn calibrate_from(
         BasisChoice::Original => (Vec::new(), Vec::new()),
         BasisChoice::Auto | BasisChoice::Rotated => basis::rotatable(&base.graph, &base.facts, &base.anatomy, &consumers),
     };
-    let found = statistics(model, &base, &probes(&base, &consumers), ask, tell, stop)?;
-    let moments = |n: usize| found.probes.get(&probe_of_consumer(n)).cloned();
-    let layer = |(n, c): (usize, Consumer)| Layer::new(&base.graph, c, moments(n)?);
+    let mut found = statistics(model, &base, &probes(&base, &consumers), ask, tell, stop)?;
+    // Moved, not copied: they are most of what is held in memory.
+    let layer = |(n, c): (usize, Consumer)| Layer::new(&base.graph, c, found.probes.remove(&probe_of_consumer(n))?);
     let mut layers: Vec<Layer> = consumers.into_iter().enumerate().filter_map(layer).collect();
     let mut bases: Vec<(Rotatable, Basis)> = Vec::new();
     for r in rotatable {
