@@ -75,6 +75,7 @@ pub mod cost;
 pub mod curves;
 pub mod data;
 pub mod eval;
+pub mod exact;
 pub mod fold;
 pub mod graph;
 pub mod infer;
