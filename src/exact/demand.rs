@@ -6,8 +6,75 @@ use crate::infer::{Dim, Facts};
 use crate::ops::attention::is_fused_attention;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Positions of some axes of a value, ascending; axes that are not named are whole.
-pub(super) type Rect = BTreeMap<usize, Vec<usize>>;
+/// What is needed of an axis.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kept {
+    /// These positions, ascending.
+    List(Vec<usize>),
+    /// Of an axis of a size that only run time knows, which is a product with a factor of size `of` (`batch * tokens`), these
+    /// positions of the factor. `behind` is the product of the factors inside of it.
+    Factor {
+        of: usize,
+        behind: Dim,
+        list: Vec<usize>,
+    },
+}
+
+impl Kept {
+    fn is_all(&self, size: Option<usize>) -> bool {
+        match self {
+            Kept::List(list) => size == Some(list.len()),
+            Kept::Factor { of, list, .. } => list.len() == *of,
+        }
+    }
+
+    /// What is needed where one reader needs this and another that; `None` where that is the whole axis.
+    fn with(&self, other: &Self) -> Option<Self> {
+        let union = |a: &[usize], b: &[usize]| a.iter().chain(b).copied().collect::<BTreeSet<_>>().into_iter().collect();
+        match (self, other) {
+            (Kept::List(a), Kept::List(b)) => Some(Kept::List(union(a, b))),
+            (Kept::Factor { of, behind, list }, Kept::Factor { of: n, behind: inner, list: b }) if (of, behind) == (n, inner) => {
+                Some(Kept::Factor { of: *of, behind: behind.clone(), list: union(list, b) })
+            }
+            _ => None,
+        }
+    }
+
+    /// The same, counted in what `has` leaves.
+    pub(super) fn inside(&self, has: Option<&Self>) -> Option<Self> {
+        let find = |list: &[usize], there: &[usize]| list.iter().map(|p| there.binary_search(p).ok()).collect::<Option<Vec<_>>>();
+        match (self, has) {
+            (_, None) => Some(self.clone()),
+            (Kept::List(list), Some(Kept::List(there))) => Some(Kept::List(find(list, there)?)),
+            (Kept::Factor { behind, list, .. }, Some(Kept::Factor { list: there, .. })) => {
+                Some(Kept::Factor { of: there.len(), behind: behind.clone(), list: find(list, there)? })
+            }
+            _ => None,
+        }
+    }
+
+    /// The part of the axis that is left.
+    pub(super) fn share(&self, size: Option<usize>) -> f64 {
+        match self {
+            Kept::List(list) => list.len() as f64 / size.unwrap_or(UNKNOWN_SIZE) as f64,
+            Kept::Factor { of, list, .. } => list.len() as f64 / *of as f64,
+        }
+    }
+
+    /// The size that an axis of this size has then.
+    pub(super) fn size_of(&self, whole: &Dim) -> Option<Dim> {
+        match self {
+            Kept::List(list) => Some(Dim::from(list.len())),
+            Kept::Factor { of, list, .. } => Some(&whole.exact_div(&Dim::from(*of))? * &Dim::from(list.len())),
+        }
+    }
+}
+
+/// Of an axis whose size is not known: what it is taken for where volumes are compared.
+const UNKNOWN_SIZE: usize = 256;
+
+/// What is needed of some axes of a value; axes that are not named are whole.
+pub(super) type Rect = BTreeMap<usize, Kept>;
 
 /// What a reader needs of a value.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,13 +98,10 @@ pub(super) fn hull<'a>(mut rects: impl Iterator<Item = &'a Rect>, size: &dyn Fn(
     for rect in rects {
         all = all
             .into_iter()
-            .filter_map(|(axis, positions)| {
-                let both: BTreeSet<usize> = positions.into_iter().chain(rect.get(&axis)?.iter().copied()).collect();
-                Some((axis, both.into_iter().collect()))
-            })
+            .filter_map(|(axis, kept)| Some((axis, kept.with(rect.get(&axis)?)?)))
             .collect();
     }
-    all.retain(|axis, p: &mut Vec<usize>| size(*axis) != Some(p.len()));
+    all.retain(|axis, kept: &mut Kept| !kept.is_all(size(*axis)));
     all
 }
 
@@ -67,7 +131,7 @@ impl Said<'_> {
     ///
     /// Errors: why the operator needs all of an axis, or treats positions unlike.
     pub(super) fn inputs_for(&self, outputs: &BTreeMap<usize, Rect>) -> Result<BTreeMap<usize, Demand>, String> {
-        let given: BTreeMap<At, Vec<usize>> =
+        let given: BTreeMap<At, Kept> =
             outputs.iter().flat_map(|(o, rect)| rect.iter().map(|(a, p)| ((Slot::Out(*o), *a), p.clone()))).collect();
         if !given.is_empty() {
             self.is_alike()?;
@@ -136,7 +200,7 @@ impl Said<'_> {
         &self,
         a: At,
         b: At,
-        needed: &mut BTreeMap<At, Vec<usize>>,
+        needed: &mut BTreeMap<At, Kept>,
         picked: &mut BTreeSet<At>,
     ) -> Result<(), String> {
         let Some(positions) = needed.get(&a).cloned() else { return Ok(()) };
@@ -158,7 +222,7 @@ impl Said<'_> {
         &self,
         from: &(Slot, Vec<usize>),
         to: &(Slot, Vec<usize>),
-        needed: &mut BTreeMap<At, Vec<usize>>,
+        needed: &mut BTreeMap<At, Kept>,
     ) -> Result<(), String> {
         let at = |side: &(Slot, Vec<usize>)| side.1.iter().map(|a| (side.0, *a)).collect::<Vec<At>>();
         let (from, to) = (at(from), at(to));
@@ -166,11 +230,19 @@ impl Said<'_> {
             return Ok(());
         }
         let refused = || "it regroups the positions with others".to_string();
+        if let Some((x, kept)) = self.regroup_of_unknown_size(&from, &to, needed) {
+            needed.insert(x, kept);
+            return Ok(());
+        }
         let sizes = |side: &[At]| side.iter().map(|x| self.size(*x)).collect::<Option<Vec<usize>>>();
         let (from_sizes, to_sizes) = (sizes(&from).ok_or_else(refused)?, sizes(&to).ok_or_else(refused)?);
         let mut flat = vec![0];
         for (x, size) in from.iter().zip(&from_sizes) {
-            let list = needed.get(x).cloned().unwrap_or_else(|| (0..*size).collect());
+            let list = match needed.get(x) {
+                Some(Kept::List(list)) => list.clone(),
+                Some(Kept::Factor { .. }) => return Err(refused()),
+                None => (0..*size).collect(),
+            };
             flat = flat.iter().flat_map(|base| list.iter().map(move |p| base * size + p)).collect();
         }
         let mut parts: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); to.len()];
@@ -186,17 +258,43 @@ impl Said<'_> {
         }
         for ((x, part), size) in to.into_iter().zip(parts).zip(to_sizes) {
             if part.len() < size {
-                needed.insert(x, part.into_iter().collect());
+                needed.insert(x, Kept::List(part.into_iter().collect()));
             }
         }
         Ok(())
+    }
+
+    /// One axis of several becomes a factor of one, or a factor of one becomes an axis of several: `[batch, N]` and `[batch * N]`.
+    fn regroup_of_unknown_size(&self, from: &[At], to: &[At], needed: &BTreeMap<At, Kept>) -> Option<(At, Kept)> {
+        let dims = |side: &[At]| side.iter().map(|x| self.dim(*x).cloned()).collect::<Option<Vec<Dim>>>();
+        let (from_dims, to_dims) = (dims(from)?, dims(to)?);
+        if from_dims.iter().chain(&to_dims).all(|d| d.size().is_some()) {
+            return None;
+        }
+        let mut narrow = from.iter().enumerate().filter_map(|(i, x)| Some((i, needed.get(x)?)));
+        let (i, kept) = narrow.next()?;
+        if narrow.next().is_some() {
+            return None;
+        }
+        match (kept, from, to) {
+            (Kept::List(list), _, [x]) => {
+                let behind = from_dims[i + 1..].iter().product();
+                Some((*x, Kept::Factor { of: from_dims[i].size()?, behind, list: list.clone() }))
+            }
+            (Kept::Factor { of, behind, list }, [_], _) => {
+                let is_factor = |j: &usize| to_dims[*j].size() == Some(*of) && to_dims[j + 1..].iter().product::<Dim>() == *behind;
+                let j = (0..to.len()).find(is_factor)?;
+                Some((to[j], Kept::List(list.clone())))
+            }
+            _ => None,
+        }
     }
 
     /// What selections by constant index need; of one axis all of them together.
     fn selects(
         &self,
         outputs: &BTreeMap<usize, Rect>,
-        needed: &mut BTreeMap<At, Vec<usize>>,
+        needed: &mut BTreeMap<At, Kept>,
         picked: &mut BTreeSet<At>,
     ) -> Result<(), String> {
         let mut found: BTreeMap<At, BTreeSet<usize>> = BTreeMap::new();
@@ -206,10 +304,11 @@ impl Said<'_> {
                 continue;
             }
             let wanted: Vec<usize> = match needed.get(to) {
-                Some(positions) => {
+                Some(Kept::List(positions)) => {
                     let inside = positions.iter().filter_map(|p| index.get(p.checked_sub(*at)?).copied());
                     inside.collect()
                 }
+                Some(Kept::Factor { .. }) => return Err("it picks across samples".to_string()),
                 None => index.clone(),
             };
             if wanted.is_empty() {
@@ -221,7 +320,7 @@ impl Said<'_> {
             if self.size(from) == Some(positions.len()) {
                 continue;
             }
-            let positions: Vec<usize> = positions.into_iter().collect();
+            let positions = Kept::List(positions.into_iter().collect());
             match needed.get(&from) {
                 Some(known) if *known != positions => return Err("it meets unlike positions".to_string()),
                 _ => {
@@ -234,7 +333,7 @@ impl Said<'_> {
     }
 
     /// A Gather or Slice of constant positions, counted from the start, of an axis whose size only run time knows.
-    fn picks_of_unknown_size(&self) -> Option<(At, BTreeSet<usize>)> {
+    pub(super) fn picks_of_unknown_size(&self) -> Option<(At, BTreeSet<usize>)> {
         let node = self.graph.node(self.id);
         let shape = self.facts.shape(node.input(0)?)?;
         let numbers = |slot: usize| self.facts.get(node.input(slot)?).known.as_ref()?.numbers();
@@ -255,7 +354,7 @@ impl Said<'_> {
         (shape[axis].size().is_none() && !positions.is_empty()).then_some(((Slot::In(0), axis), positions))
     }
 
-    fn allows(&self, link: &Link, needed: &BTreeMap<At, Vec<usize>>, picked: &BTreeSet<At>) -> Result<(), String> {
+    fn allows(&self, link: &Link, needed: &BTreeMap<At, Kept>, picked: &BTreeSet<At>) -> Result<(), String> {
         // From what the operator picks itself it is given more where need be: that is no demand on what it does.
         let is_narrow = |at: &At| needed.contains_key(at) && !picked.contains(at);
         match link {

@@ -7,7 +7,7 @@
 //! Example: of a class token model's last block, `[B, 197, D]`, queries, their rows of the attention matrix, the output projection
 //! and the MLP are computed for `[B, 1, D]`.
 
-use super::demand::{Demand, Rect, Said, hull};
+use super::demand::{Demand, Kept, Rect, Said, hull};
 use super::{Part, Refused, Saving, What};
 use crate::axes::depends_on_data;
 use crate::axes::relation::{AxesCx, Link, Relations, Slot};
@@ -18,9 +18,6 @@ use crate::infer::{self, Dim, Facts};
 use crate::ops::{self, Refit};
 use crate::slice::{self, refit::RefitCx, shapes};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Of an axis whose size is not known: what it is taken for where volumes are compared.
-const UNKNOWN_SIZE: usize = 256;
 
 /// A graph that computes less.
 pub(super) struct Narrowed {
@@ -57,12 +54,15 @@ fn narrow_opened(
     // Once more, with what is read off shapes that change made the numbers of before.
     let lengths = walk.lengths();
     let mut frozen = graph.clone();
-    shapes::freeze(&mut frozen, facts, &|v, axis| lengths.get(&(v, axis)).copied());
+    shapes::freeze(&mut frozen, facts, &|v, axis| lengths.get(&(v, axis)).and_then(Dim::size));
     let mut walk = Narrower::new(graph, facts, frozen);
     walk.run();
     let attention = walk.narrowed_attention();
     walk.cut_constants();
     walk.refit().map_err(|reason| walk.refused(reason))?;
+    if let Some(reason) = walk.failed.take() {
+        return Err(walk.refused(reason));
+    }
     let Narrower { mut out, parts, .. } = walk;
     let unused: BTreeSet<ValueId> =
         model.values().filter(|(_, v)| v.users().is_empty()).map(|(id, _)| id).collect();
@@ -74,6 +74,7 @@ fn narrow_opened(
         node: attention.first().map(|id| graph.label(*id)).unwrap_or_default(),
         reason,
     };
+    read_shapes_elsewhere(&mut out, graph, facts, &lengths).map_err(refused)?;
     let found = infer::facts(&out).map_err(|e| refused(e.to_string()))?;
     drop_idle_slices(&mut out, &found, graph.value_count().min(model.value_count()));
     out.remove_dead(&keeps);
@@ -86,6 +87,34 @@ fn narrow_opened(
     }
     let labels: Vec<String> = attention.iter().map(|id| graph.label(*id)).collect();
     Ok(Narrowed { graph: out, savings: vec![Saving { what: What::Tokens, node: labels.join(", "), macs_saved: saved }], parts })
+}
+
+/// Lets who reads the shape of a value that lost positions of an axis of unknown size read that of another value which has the shape
+/// of before: the number may be meant, not the shape.
+fn read_shapes_elsewhere(
+    out: &mut Graph,
+    graph: &Graph,
+    facts: &Facts,
+    lengths: &BTreeMap<(ValueId, usize), Dim>,
+) -> Result<(), String> {
+    let narrowed: BTreeSet<ValueId> = lengths.keys().map(|(v, _)| *v).collect();
+    let unknown = lengths.keys().filter(|(v, axis)| facts.shape(*v).is_some_and(|s| s[*axis].size().is_none()));
+    let unknown: BTreeSet<ValueId> = unknown.map(|(v, _)| *v).collect();
+    for v in unknown {
+        for at in out.value(v).users().to_vec() {
+            let is_shape_only = ops::rule_of(out, out.node(at.node)).is_some_and(|r| matches!(r.axes, ops::Axes::ShapeOnly));
+            if !is_shape_only {
+                continue;
+            }
+            let before = out.order().iter().take_while(|id| **id != at.node);
+            let made = before.flat_map(|id| out.node(*id).outputs().iter().flatten().copied());
+            let mut values = out.inputs().iter().copied().chain(made).filter(|u| u.index() < graph.value_count());
+            let other = values.find(|u| !narrowed.contains(u) && facts.shape(*u) == facts.shape(v));
+            let other = other.ok_or_else(|| format!("{} reads the shape of what would be narrowed", out.label(at.node)))?;
+            out.set_input(at, Some(other));
+        }
+    }
+    Ok(())
 }
 
 /// Replaces Splits by Slices, one for each part that is read.
@@ -129,7 +158,7 @@ fn drop_idle_slices(out: &mut Graph, facts: &Facts, old_count: usize) {
 fn check_shapes(
     out: &Graph,
     facts: &Facts,
-    lengths: &BTreeMap<(ValueId, usize), usize>,
+    lengths: &BTreeMap<(ValueId, usize), Dim>,
     graph: &Graph,
 ) -> Result<(), String> {
     let is_whole = |v: &check::Violation| v.rule != "I6" || !v.what.contains(": 0 bytes");
@@ -145,7 +174,7 @@ fn check_shapes(
         let expected: Vec<Dim> = old
             .iter()
             .enumerate()
-            .map(|(axis, d)| lengths.get(&(v, axis)).map_or_else(|| d.clone(), |n| Dim::from(*n)))
+            .map(|(axis, d)| lengths.get(&(v, axis)).unwrap_or(d).clone())
             .collect();
         let differs = |(a, b): (&Dim, &Dim)| a != b && (a.known().is_some() || b.known().is_some());
         if found.len() != expected.len() || found.iter().zip(&expected).any(differs) {
@@ -178,6 +207,8 @@ struct Narrower<'a> {
     /// Splits whose parts are needed at unlike positions.
     unlike_splits: BTreeSet<NodeId>,
     parts: Vec<Part>,
+    /// Why a reader cannot be given what it needs.
+    failed: Option<String>,
 }
 
 impl<'a> Narrower<'a> {
@@ -201,6 +232,7 @@ impl<'a> Narrower<'a> {
             gathers: BTreeMap::new(),
             unlike_splits: BTreeSet::new(),
             parts: Vec::new(),
+            failed: None,
         }
     }
 
@@ -296,11 +328,11 @@ impl<'a> Narrower<'a> {
     }
 
     /// Whether those who pick from an axis of unknown size still find their positions where they look for them.
-    fn serves_pickers(&self, v: ValueId, axis: usize, positions: &[usize]) -> bool {
+    fn serves_pickers(&self, v: ValueId, axis: usize, kept: &Kept) -> bool {
         let picks = |(_, d): (Use, Demand)| d.picked.contains(&axis);
         self.size(v, axis).is_some()
             || !self.readers(v).into_iter().any(picks)
-            || positions.iter().copied().eq(0..positions.len())
+            || matches!(kept, Kept::List(list) if list.iter().copied().eq(0..list.len()))
     }
 
     /// Computes apart what some readers need of a value, where less is left for the others then. `false` where there is no such part.
@@ -311,15 +343,17 @@ impl<'a> Narrower<'a> {
             let rects: Vec<&Rect> = readers.iter().filter(|(_, d)| keep(d)).map(|(_, d)| &d.rect).collect();
             hull(rects.into_iter(), &size)
         };
-        let share = |rect: &Rect| -> f64 {
-            rect.iter().map(|(a, p)| p.len() as f64 / size(*a).unwrap_or(UNKNOWN_SIZE) as f64).product()
-        };
+        let share = |rect: &Rect| -> f64 { rect.iter().map(|(a, kept)| kept.share(size(*a))).product() };
+        // Of a factor of an axis nothing can be gathered simply; what costs nothing is made again instead.
+        let is_free = ops::rule_of(self.graph, self.graph.node(id)).is_some_and(|r| matches!(r.cost, ops::Cost::Free));
+        let is_factor = |rect: &Rect| rect.values().any(|kept| matches!(kept, Kept::Factor { .. }));
         let all = hull_of(&|_| true);
         let rects: BTreeSet<&Rect> = readers.iter().map(|(_, d)| &d.rect).filter(|r| **r != all).collect();
         let mut found = None;
         for rect in rects {
             let rest = hull_of(&|d| d.rect != *rect);
-            if rest == all || readers.iter().all(|(_, d)| d.rect == *rect) || share(rect) + share(&rest) > 0.999 * share(&all) {
+            let is_less = rest != all && share(rect) + share(&rest) < 0.999 * share(&all);
+            if readers.iter().all(|(_, d)| d.rect == *rect) || !(is_less || is_free && is_factor(rect)) {
                 continue;
             }
             let can = |r: &Rect| self.inputs_for(id, &BTreeMap::from([(slot, r.clone())])).is_ok();
@@ -378,12 +412,14 @@ impl<'a> Narrower<'a> {
         for (at, demand) in self.readers(v) {
             let mut given = has.clone();
             let mut missing = Rect::new();
-            for (axis, positions) in demand.exact() {
-                if has.get(&axis) != Some(&positions) {
-                    let there = |p: &usize| has.get(&axis).map_or(Some(*p), |h| h.binary_search(p).ok());
-                    missing.insert(axis, positions.iter().filter_map(there).collect());
+            for (axis, kept) in demand.exact() {
+                if has.get(&axis) != Some(&kept) {
+                    match kept.inside(has.get(&axis)) {
+                        Some(missed) => drop(missing.insert(axis, missed)),
+                        None => self.failed = Some(format!("'{}' cannot be narrowed", self.graph.value(v).name())),
+                    }
                 }
-                given.insert(axis, positions);
+                given.insert(axis, kept);
             }
             if !missing.is_empty() {
                 let gathered = self.gathered(v, missing);
@@ -397,9 +433,36 @@ impl<'a> Narrower<'a> {
         if let Some(known) = self.gathers.get(&(v, missing.clone())) {
             return *known;
         }
-        let made = missing.iter().fold(v, |v, (axis, positions)| shapes::gather(&mut self.out, v, *axis, positions, "rows"));
+        let mut made = v;
+        for (axis, kept) in &missing {
+            made = match kept {
+                Kept::List(list) => shapes::gather(&mut self.out, made, *axis, list, "rows"),
+                Kept::Factor { of, behind, list } => self.gathered_inside(made, v, *axis, (*of, behind, list)),
+            };
+        }
         self.gathers.insert((v, missing), made);
         made
+    }
+
+    /// Positions of a factor of an axis: the factor gets an axis of its own for as long as they are picked.
+    fn gathered_inside(&mut self, v: ValueId, of: ValueId, axis: usize, factor: (usize, &Dim, &[usize])) -> ValueId {
+        let (size, behind, list) = factor;
+        let shape = self.facts.shape(of).unwrap_or_default();
+        let whole = &Dim::from(size) * behind;
+        let before = shape.get(axis).and_then(|d| d.exact_div(&whole));
+        let (before, inner) = (before.and_then(|d| d.known()), behind.known());
+        let around = |range: &[Dim]| range.iter().map(Dim::known).collect::<Option<Vec<i64>>>();
+        let (front, back) = (around(&shape[..axis]), around(&shape[axis + 1..]));
+        let (Some(front), Some(back), true) = (front, back, before.is_some() || inner.is_some()) else {
+            self.failed = Some(format!("'{}' has sizes that only run time knows", self.graph.value(of).name()));
+            return v;
+        };
+        let name = format!("{}_rows.", self.graph.value(of).name());
+        let open = |n: Option<i64>| n.unwrap_or(-1);
+        let split = [&front[..], &[open(before), size as i64, open(inner)], &back].concat();
+        let apart = Builder::new(&mut self.out, &name).reshape(v, &split);
+        let picked = shapes::gather(&mut self.out, apart, axis + 1, list, "rows");
+        Builder::new(&mut self.out, &name).reshape(picked, &[&front[..], &[-1], &back].concat())
     }
 
     /// Constants lose what their readers do not need.
@@ -420,7 +483,9 @@ impl<'a> Narrower<'a> {
             };
             let Some(tensor) = self.graph.constant(v) else { continue };
             let name = self.graph.value(v).name().to_string();
-            let taken = |rect: &Rect| rect.iter().fold(tensor.clone(), |t, (axis, positions)| t.take(*axis, positions));
+            let taken = |rect: &Rect| {
+                rect.iter().fold(tensor.clone(), |t, (axis, kept)| if let Kept::List(list) = kept { t.take(*axis, list) } else { t })
+            };
             let mut copies: BTreeMap<Rect, ValueId> = BTreeMap::new();
             for (at, rect) in readers {
                 if Some(&rect) != in_place.as_ref() && !rect.is_empty() {
@@ -458,11 +523,12 @@ impl<'a> Narrower<'a> {
             for (slot, v, rect) in ends {
                 let Some(v) = v else { continue };
                 let picked = slot.and_then(|slot| self.demands.get(&Use { node: id, slot })).map(|d| &d.picked);
-                for (axis, positions) in rect {
+                for (axis, of_axis) in rect {
                     // What is picked from the front of an axis of unknown size stays where it was.
                     let is_front = self.size(v, *axis).is_none() && picked.is_some_and(|p| p.contains(axis));
+                    let list = if let Kept::List(list) = of_axis { list.clone() } else { Vec::new() };
                     if !is_front {
-                        kept.insert((v, *axis), positions.clone());
+                        kept.insert((v, *axis), list);
                     }
                 }
             }
@@ -492,13 +558,14 @@ impl<'a> Narrower<'a> {
         Ok(())
     }
 
-    /// Lengths of the axes of values that were narrowed in place.
-    fn lengths(&self) -> BTreeMap<(ValueId, usize), usize> {
+    /// Sizes of the axes of values that were narrowed in place.
+    fn lengths(&self) -> BTreeMap<(ValueId, usize), Dim> {
         let mut lengths = BTreeMap::new();
         for (id, work) in self.work.iter().filter(|(id, w)| **id == w.origin) {
             for (slot, rect) in &work.outputs {
                 let Some(v) = self.graph.node(*id).output(*slot) else { continue };
-                lengths.extend(rect.iter().map(|(axis, positions)| ((v, *axis), positions.len())));
+                let whole = |axis: &usize| self.facts.shape(v).and_then(|s| s.get(*axis));
+                lengths.extend(rect.iter().filter_map(|(axis, kept)| Some(((v, *axis), kept.size_of(whole(axis)?)?))));
             }
         }
         lengths
@@ -522,7 +589,7 @@ impl<'a> Narrower<'a> {
         let few = |(id, _): &(NodeId, usize)| {
             let Some(v) = self.graph.node(*id).output(0) else { return false };
             let rect = self.work.get(id).and_then(|w| w.outputs.get(&0));
-            rect.is_some_and(|r| r.iter().any(|(axis, p)| self.size(v, *axis).is_none_or(|n| 2 * p.len() <= n)))
+            rect.is_some_and(|r| r.iter().any(|(axis, kept)| kept.share(self.size(v, *axis)) <= 0.5))
         };
         self.attention_nodes().filter(few).map(|(id, _)| id).collect()
     }
@@ -564,7 +631,9 @@ impl<'a> Narrower<'a> {
                 Slot::In(_) | Slot::Virtual(_) => None,
             });
             let next: Vec<(ValueId, usize)> = next.collect();
-            let picks = relations.links.iter().any(|l| matches!(l, Link::Select { from, .. } if same.contains(from)));
+            let said = Said { graph: self.graph, facts: self.facts, id, relations };
+            let picks = relations.links.iter().any(|l| matches!(l, Link::Select { from, .. } if same.contains(from)))
+                || said.picks_of_unknown_size().is_some_and(|(from, _)| same.contains(&from));
             if next.is_empty() && !picks {
                 return self.refused(format!("{} ({}) needs all tokens", self.graph.label(id), node.op()));
             }
@@ -573,7 +642,11 @@ impl<'a> Narrower<'a> {
         let is_held = |v: &&ValueId| at.iter().any(|(x, _)| x == *v);
         match self.graph.outputs().iter().find(is_held) {
             Some(v) => self.refused(format!("output '{}' holds all tokens", self.graph.value(*v).name())),
-            None => self.refused("its tokens are needed".to_string()),
+            None => {
+                let one = Rect::from([(rows, Kept::List(vec![0]))]);
+                let reason = self.inputs_for(last, &BTreeMap::from([(0, one)])).err();
+                self.refused(reason.unwrap_or_else(|| "something behind it needs all tokens".to_string()))
+            }
         }
     }
 }

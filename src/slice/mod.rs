@@ -187,7 +187,7 @@ impl Sliced {
 }
 
 /// Nodes of the original that are gone, and nodes that it does not have.
-fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
+pub(crate) fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
     let (before, after): (BTreeSet<NodeId>, BTreeSet<NodeId>) =
         (old.order().iter().copied().collect(), new.order().iter().copied().collect());
     NodeChanges {
