@@ -19,6 +19,9 @@ use crate::ops::{self, Refit};
 use crate::slice::{self, refit::RefitCx, shapes};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Less than this share of the MACs is not worth other nodes.
+const LEAST: f64 = 0.005;
+
 /// A graph that computes less.
 pub(super) struct Narrowed {
     pub(super) graph: Graph,
@@ -82,8 +85,10 @@ fn narrow_opened(
     check_shapes(&out, facts, &lengths, graph).map_err(refused)?;
     let (before, after) = (cost::count(model, model_facts, sizes), cost::count(&out, &found, sizes));
     let saved = before.macs.zip(after.macs).map(|(a, b)| a.saturating_sub(b));
-    if saved == Some(0) {
-        return Err(refused("nothing would be saved".to_string()));
+    if let (Some(saved), Some(whole)) = (saved, before.macs)
+        && saved as f64 <= LEAST * whole as f64
+    {
+        return Err(refused(format!("{saved} of {whole} MACs would be saved")));
     }
     let labels: Vec<String> = attention.iter().map(|id| graph.label(*id)).collect();
     Ok(Narrowed { graph: out, savings: vec![Saving { what: What::Tokens, node: labels.join(", "), macs_saved: saved }], parts })
@@ -282,7 +287,8 @@ impl<'a> Narrower<'a> {
 
     /// Decides about a node with one output that is read.
     fn one(&mut self, id: NodeId, slot: usize, v: ValueId) {
-        let may_change = self.depends[v] && self.graph.node(id).captures().is_empty() && !self.out.outputs().contains(&v);
+        let is_float = self.facts.get(v).dtype.is_some_and(crate::graph::DType::is_float);
+        let may_change = (self.depends[v] || is_float) && self.graph.node(id).captures().is_empty() && !self.out.outputs().contains(&v);
         let mut whole = Rect::new();
         if may_change {
             while self.split_off(id, slot, v) {}
@@ -352,7 +358,8 @@ impl<'a> Narrower<'a> {
         let mut found = None;
         for rect in rects {
             let rest = hull_of(&|d| d.rect != *rect);
-            let is_less = rest != all && share(rect) + share(&rest) < 0.999 * share(&all);
+            // Parts of what is computed from constants are made of parts of those.
+            let is_less = rest != all && (!self.depends[v] || share(rect) + share(&rest) < 0.999 * share(&all));
             if readers.iter().all(|(_, d)| d.rect == *rect) || !(is_less || is_free && is_factor(rect)) {
                 continue;
             }
@@ -584,12 +591,12 @@ impl<'a> Narrower<'a> {
         })
     }
 
-    /// Attention layers of which at most half of the queries are left.
+    /// Attention layers that have less queries.
     fn narrowed_attention(&self) -> Vec<NodeId> {
         let few = |(id, _): &(NodeId, usize)| {
             let Some(v) = self.graph.node(*id).output(0) else { return false };
             let rect = self.work.get(id).and_then(|w| w.outputs.get(&0));
-            rect.is_some_and(|r| r.iter().any(|(axis, kept)| kept.share(self.size(v, *axis)) <= 0.5))
+            rect.is_some_and(|r| r.iter().any(|(axis, kept)| kept.share(self.size(v, *axis)) < 1.0))
         };
         self.attention_nodes().filter(few).map(|(id, _)| id).collect()
     }
