@@ -24,8 +24,9 @@ impl From<BasisArg> for BasisChoice {
     }
 }
 
+/// Yes or no.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Switch {
+pub(super) enum Switch {
     /// Yes
     On,
     /// No

@@ -6,7 +6,8 @@ use super::options::{ForceArgs, SizeArgs};
 use super::plan::asked_promised_got;
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json, print_text};
-use crate::onnx;
+use crate::exact::Refused;
+use crate::onnx::{self, shown};
 use crate::pipeline;
 use crate::plan::Plan;
 use serde_json::json;
@@ -25,6 +26,9 @@ pub(super) struct Args {
     /// A run directory: its trained weights, with its gates multiplied in
     #[arg(long, value_name = "RUN")]
     weights: Option<PathBuf>,
+    /// Also leave out what no output depends on, such as all but the class token in the last block
+    #[arg(long)]
+    exact: bool,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
@@ -45,6 +49,19 @@ pub(super) fn write_plan(path: &Path, plan: &Plan, overwrite: onnx::Overwrite) -
     Ok(onnx::write_file(path, format!("{text}\n").as_bytes(), overwrite)?)
 }
 
+/// Savings that change no output, and those that were not made.
+pub(super) fn exact_json(plan: &Plan, refused: &[Refused]) -> serde_json::Value {
+    json!({ "saved": plan.exact, "refused": refused })
+}
+
+/// The same, one line each.
+pub(super) fn exact_text(plan: &Plan, refused: &[Refused]) -> String {
+    let macs = |n: Option<u64>| n.map_or("MACs".to_string(), |n| format!("{} MACs", grouped(n)));
+    let saved = plan.exact.iter().map(|s| format!("saved {} at {}: {}\n", macs(s.macs_saved), shown(&s.node), s.what.as_sentence()));
+    let refused = refused.iter().map(|r| format!("not saved: {}: {}\n", r.what.as_sentence(), onnx::shown_to(&r.reason, 200)));
+    saved.chain(refused).collect()
+}
+
 pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let (plan_out, overwrite) = (plan_path(&args.out), args.force.overwrite());
     onnx::check_output(&args.out, &[args.model.clone(), args.plan.clone()], overwrite)?;
@@ -56,7 +73,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, overwrite)?;
     let plan = Plan::read(&args.plan).map_err(pipeline::Error::from)?;
-    let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref())?;
+    let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref(), args.exact)?;
     cut.warnings.iter().for_each(|w| talk.warn(w));
     let sliced = &cut.sliced;
     let got = pipeline::before_after(&model, sliced)?;
@@ -81,6 +98,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             "cuts": sliced.cuts,
             "cloned": sliced.cloned,
             "nodes": sliced.nodes,
+            "exact": exact_json(&cut.plan, &cut.refused),
         }))?;
     } else {
         let row = |name: &str, a: u64, b: u64| {
@@ -92,6 +110,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             text += &row("MACs", m.before, m.after);
         }
         text += &row("bytes", before_bytes, after_bytes);
+        text += &exact_text(&cut.plan, &cut.refused);
         text += &format!("{line}\n");
         print_text(&text)?;
     }

@@ -2,13 +2,12 @@
 
 use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate_from, on_all_cores};
 use super::edit::{Cut, changed, edited, splits_between, trained};
-use super::{Error, Model, analyse, class_output};
+use super::{Error, Model, analyse, class_output, exact};
 use crate::anatomy::{Group, Kind};
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Graph, Tensor, ValueId};
 use crate::plan::{Kept, Losses, Plan};
-use crate::slice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -247,7 +246,6 @@ fn cut_edited(
     plan.edited = edited(why);
     let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };
     let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
-    let sliced = slice::apply(&graph, &facts, &anatomy, &plan.kept(), &analyse)
-        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
-    Ok(Repaired { cut: Cut { sliced, plan, warnings: Vec::new() }, repairs })
+    let made = exact::slice(model, (&graph, &facts, &anatomy), &plan.kept(), !plan.exact.is_empty())?;
+    Ok(Repaired { cut: Cut::new(made, plan, Vec::new()), repairs })
 }

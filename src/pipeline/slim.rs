@@ -14,6 +14,7 @@ use crate::compensate::Repair;
 use crate::cost::Sizes;
 use crate::data::Dataset;
 use crate::eval::Evaluation;
+use crate::exact::Refused;
 use crate::graph::Graph;
 use crate::onnx::Loaded;
 use crate::plan::{Ask, Limits, Plan, Promised};
@@ -145,6 +146,8 @@ pub struct Slimmed {
     pub search: Option<Outcome>,
     /// What was repaired, layer by layer.
     pub repairs: Vec<Repair>,
+    /// Savings that were not made, and why.
+    pub refused: Vec<Refused>,
     /// The fine-tuning, where there was one: on images of its own.
     pub finetuned: Option<FinetuneReport>,
     /// Latency of both, in turn; none where it was not verified.
@@ -299,7 +302,7 @@ impl Slim<'_> {
                 let plan = self.plan(&super::read_run(self.model, run_dir)?.scores())?;
                 tell(Event::Stage("cutting"));
                 match self.repair.how {
-                    Compensation::Off => cut(self.model, Path::new("plan"), &plan, Some(run_dir))?.into(),
+                    Compensation::Off => cut(self.model, Path::new("plan"), &plan, Some(run_dir), false)?.into(),
                     _ => self.repair_trained(&plan, data, run_dir, tell, stop)?,
                 }
             }
@@ -307,13 +310,13 @@ impl Slim<'_> {
             _ => {
                 let plan = self.check()?;
                 tell(Event::Stage("cutting"));
-                cut(self.model, Path::new("plan"), &plan, None)?.into()
+                cut(self.model, Path::new("plan"), &plan, None, false)?.into()
             }
         };
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        let Repaired { cut: Cut { sliced, mut plan, warnings }, repairs } = cut;
+        let Repaired { cut: Cut { sliced, mut plan, warnings, refused }, repairs } = cut;
         warnings.into_iter().for_each(|w| tell(Event::Note(w)));
         let cost = before_after(self.model, &sliced)?;
         let mut graph = sliced.graph;
@@ -326,7 +329,7 @@ impl Slim<'_> {
             }
             if !verdict.pass {
                 let search = outcome;
-                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, finetuned, latency: None }.into());
+                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into());
             }
             tell(Event::Stage("fine-tuning"));
             let tuned = self.tune(&graph, data, tell, stop)?;
@@ -345,7 +348,7 @@ impl Slim<'_> {
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        Ok(Slimmed { graph, plan, cost, verdict, before, search: outcome, repairs, finetuned, latency }.into())
+        Ok(Slimmed { graph, plan, cost, verdict, before, search: outcome, repairs, refused, finetuned, latency }.into())
     }
 
     fn calibration<'b>(&'b self, data: &'b SlimData, dir: Option<&'b Path>) -> CalibrateAsk<'b> {
