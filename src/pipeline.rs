@@ -9,6 +9,7 @@ mod edit;
 mod error;
 mod measure;
 mod proof;
+mod repair;
 pub mod slim;
 mod train;
 
@@ -21,6 +22,7 @@ pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
 pub use proof::{ProofData, prove};
+pub use repair::{RepairAsk, cut_repaired};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 
 use crate::anatomy::{self, Anatomy, Kind};

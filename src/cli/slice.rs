@@ -4,10 +4,11 @@ use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{ForceArgs, SizeArgs};
 use super::plan::asked_promised_got;
+use super::repair::{BasisArg, ImageArgs, looked_at, repairs_text};
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json, print_text};
 use crate::onnx;
-use crate::pipeline;
+use crate::pipeline::{self, BasisChoice, Model, RepairAsk, Repaired};
 use crate::plan::Plan;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,14 @@ pub(super) struct Args {
     /// A run directory: its trained weights, with its gates multiplied in
     #[arg(long, value_name = "RUN")]
     weights: Option<PathBuf>,
+    /// In which basis dims of heads are cut [default: that of the plan]
+    #[arg(long, value_enum)]
+    basis: Option<BasisArg>,
+    /// Let the weights behind a cut make up for it, by what images say; needs --data, or --run with statistics
+    #[arg(long)]
+    compensate: bool,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
@@ -56,7 +65,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, overwrite)?;
     let plan = Plan::read(&args.plan).map_err(pipeline::Error::from)?;
-    let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref())?;
+    let repaired = cut(args, &model, &plan, talk)?;
+    let cut = &repaired.cut;
     cut.warnings.iter().for_each(|w| talk.warn(w));
     let sliced = &cut.sliced;
     let got = pipeline::before_after(&model, sliced)?;
@@ -72,6 +82,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let before_bytes = pipeline::file_bytes(&model);
     let after_bytes = pipeline::bytes_on_disk(&args.out);
     if args.json {
+        let not_rotated: Vec<_> =
+            repaired.refused.iter().map(|r| json!({ "group": r.group, "reason": r.reason })).collect();
         print_json(&json!({
             "schema_version": crate::plan::SCHEMA_VERSION,
             "params": got.params,
@@ -81,6 +93,11 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             "cuts": sliced.cuts,
             "cloned": sliced.cloned,
             "nodes": sliced.nodes,
+            "basis": cut.plan.basis,
+            "images": repaired.images,
+            "rotated": repaired.rotated,
+            "not_rotated": not_rotated,
+            "repairs": repaired.repairs,
         }))?;
     } else {
         let row = |name: &str, a: u64, b: u64| {
@@ -92,8 +109,45 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             text += &row("MACs", m.before, m.after);
         }
         text += &row("bytes", before_bytes, after_bytes);
+        text += &repairs_text(&repaired.repairs);
+        if !repaired.rotated.is_empty() {
+            text += &format!("rotated: {}\n", repaired.rotated.iter().cloned().collect::<Vec<_>>().join(", "));
+        }
+        for r in &repaired.refused {
+            text += &format!("not rotated: {}: {}\n", r.group, onnx::shown_to(&r.reason, 200));
+        }
         text += &format!("{line}\n");
         print_text(&text)?;
     }
     Ok(Verdict::Done)
+}
+
+/// Cuts; looks at images where the basis or a repair needs them.
+fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<Repaired, Failure> {
+    let basis = match args.basis {
+        Some(word) => word.into(),
+        None if plan.basis == "rotated" => BasisChoice::Auto,
+        None => BasisChoice::Original,
+    };
+    if basis == BasisChoice::Original && plan.basis != "rotated" && !args.compensate {
+        if args.images.is_given() {
+            let message = "--data and --run: say what for: --compensate, --basis auto or --basis rotated";
+            return Err(Failure::bad("V0003", None, message));
+        }
+        return Ok(pipeline::cut(model, &args.plan, plan, args.weights.as_deref())?.into());
+    }
+    if !args.images.is_given() {
+        let why = if args.compensate { "--compensate" } else { "the rotated basis" };
+        let message = format!("{why}: needs images (--data FOLDER or FILE.npz, labels or not) or a run directory with their statistics (--run)");
+        return Err(Failure::bad("V0003", None, message));
+    }
+    let opened = args.images.open(model, talk)?;
+    let ask = RepairAsk {
+        plan,
+        plan_path: &args.plan,
+        weights: args.weights.as_deref(),
+        is_compensated: args.compensate,
+        images: args.images.ask(&opened, basis),
+    };
+    looked_at(talk, |tell, stop| pipeline::cut_repaired(model, &ask, tell, stop))
 }

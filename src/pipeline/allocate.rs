@@ -4,6 +4,7 @@ use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, cali
 use super::edit::{Cut, changed, edited, splits_between, trained};
 use super::{Error, Model, analyse, class_output};
 use crate::anatomy::{Group, Kind};
+use crate::basis::Refused;
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Graph, Tensor, ValueId};
@@ -40,15 +41,20 @@ fn bundles(group: &Group) -> usize {
 
 /// The units that stay where `count` bundles of each head do: the best by `scores`.
 fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
+    best_of_heads(group, scores, &vec![count; group.nest_count()])
+}
+
+/// The units that stay where each head keeps so many bundles: the best by `scores`.
+pub(super) fn best_of_heads(group: &Group, scores: &[f32], counts: &[usize]) -> Vec<usize> {
     let width = group.stored.len();
     let together = group.bundles();
     let mut kept = Vec::new();
-    for head in 0..group.nest_count() {
+    for (head, count) in counts.iter().enumerate() {
         let worth = |b: &[usize]| b.iter().map(|u| f64::from(scores[head * width + u])).sum::<f64>();
         let mut all: Vec<&Vec<usize>> =
             together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
         all.sort_by(|a, b| worth(b).total_cmp(&worth(a)).then(a[0].cmp(&b[0])));
-        kept.extend(all.into_iter().take(count).flatten().map(|u| head * width + u));
+        kept.extend(all.into_iter().take(*count).flatten().map(|u| head * width + u));
     }
     kept.sort_unstable();
     kept
@@ -77,14 +83,18 @@ impl Calibration {
                 return Ok(known);
             }
         }
+        let Some(data) = ask.data else {
+            let reason = format!("has no curves of what cuts lose (curves-{word}.json): give images with --data");
+            return Err(Error::unsuitable(ask.dir.unwrap_or(&model.path), reason));
+        };
         let output = class_output(model, ask.output)?;
         let (graph, facts) = (&self.base.graph, &self.base.facts);
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
         let settings =
             curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
         let span = curves::Time { sites: groups.len(), trials: LEVELS.len(), seconds: time.seconds, at_most: time.images };
-        let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
-        let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
+        let count = curves::images_within((graph, facts), output.as_deref(), data, &settings, &span).map_err(failed)?;
+        let images = if count < data.len() { data.draw(count, ask.seed) } else { data.clone() };
         let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
         let mut sites: Vec<(usize, &Group)> = Vec::new();
         for group in groups {
@@ -181,11 +191,17 @@ pub struct Repaired {
     pub cut: Cut,
     /// What was done, layer by layer.
     pub repairs: Vec<Repair>,
+    /// Groups in the basis of the data.
+    pub rotated: BTreeSet<String>,
+    /// Groups that were to be rotated and stay in the basis of the model, and why.
+    pub refused: Vec<Refused>,
+    /// Images that this was read off; 0 where none were looked at.
+    pub images: u64,
 }
 
 impl From<Cut> for Repaired {
     fn from(cut: Cut) -> Self {
-        Self { cut, repairs: Vec::new() }
+        Self { cut, repairs: Vec::new(), rotated: BTreeSet::new(), refused: Vec::new(), images: 0 }
     }
 }
 
@@ -243,5 +259,11 @@ fn cut_edited(
     let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
     let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse)
         .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
-    Ok(Repaired { cut: Cut { sliced, plan, warnings: Vec::new() }, repairs })
+    Ok(Repaired {
+        cut: Cut { sliced, plan, warnings: Vec::new() },
+        repairs,
+        rotated: calibration.rotated.clone(),
+        refused: calibration.refused.clone(),
+        images: calibration.images,
+    })
 }

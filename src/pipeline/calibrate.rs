@@ -3,7 +3,7 @@
 //! Everything is an edit of constants of the model at full width ([`Calibration::repair`]); cutting stays pure removal.
 
 use super::edit::{Analysed, analysed};
-use super::{Error, Model};
+use super::{Error, Model, bench_feeds};
 use crate::anatomy::{Anatomy, Group, Kind, Site};
 use crate::basis::{self, Basis, Pair, Refused, Rotatable};
 use crate::compensate::{self, Consumer, Layer, Repair};
@@ -35,8 +35,8 @@ pub enum BasisChoice {
 /// What is asked of a calibration.
 #[derive(Clone, Copy)]
 pub struct CalibrateAsk<'a> {
-    /// Images; labels are not looked at.
-    pub data: &'a Dataset,
+    /// Images; labels are not looked at. `None`: what the folder holds must do.
+    pub data: Option<&'a Dataset>,
     /// At most this many of them.
     pub images: usize,
     /// The basis.
@@ -204,6 +204,9 @@ fn queries_and_keys(base: &Analysed, group: &Group) -> Option<(Site, Site)> {
     Some((at(0)?, at(1)?))
 }
 
+/// The file of statistics in a run directory.
+pub(super) const STATS_FILE: &str = "stats.safetensors";
+
 /// Reads what a folder holds, or gathers it and leaves it there.
 fn statistics(
     model: &Model,
@@ -214,23 +217,31 @@ fn statistics(
     stop: &AtomicBool,
 ) -> Result<Stats, Error> {
     let sha256 = model.sha256()?;
-    let images = ask.images.min(ask.data.len());
-    let file = ask.dir.map(|d| d.join("stats.safetensors"));
+    let file = ask.dir.map(|d| d.join(STATS_FILE));
     let failed = |cause: StatsError| Error::Stats { file: model.path.clone(), cause: Box::new(cause) };
     if let Some(file) = file.as_deref().filter(|f| f.exists()) {
+        let is_asked = |found: &Stats| {
+            ask.data.is_none_or(|d| found.images == ask.images.min(d.len()) as u64 && found.seed == ask.seed)
+        };
         match Stats::read(file, &sha256, &base.graph, probes) {
-            Ok(found) if found.images == images as u64 && found.seed == ask.seed => return Ok(found),
-            Ok(_) | Err(StatsError::Stale { .. }) => {}
+            Ok(found) if is_asked(&found) => return Ok(found),
+            Ok(_) => {}
+            Err(StatsError::Stale { .. }) if ask.data.is_some() => {}
             Err(cause) => return Err(failed(cause)),
         }
     }
+    let Some(data) = ask.data else {
+        let at = ask.dir.unwrap_or(&model.path);
+        return Err(Error::unsuitable(at, format!("holds no statistics of images ({STATS_FILE}): give images with --data")));
+    };
+    let images = ask.images.min(data.len());
     let loaders = std::thread::available_parallelism().map_or(1, usize::from);
     let job = stats::Job {
         graph: &base.graph,
         facts: &base.facts,
         model_sha256: &sha256,
         probes,
-        data: ask.data,
+        data,
         images: Some(images),
         seed: ask.seed,
         batch: ask.batch,
@@ -351,9 +362,14 @@ fn first_difference(
     let data_error = |cause| Error::Data { file: model.path.clone(), cause: Box::new(cause) };
     let fixed = eval::fixed_batch(&base.graph, &base.facts);
     let size = fixed.unwrap_or(ask.batch.min(IMAGES));
-    let Some(batch) = ask.data.batches(BatchOrder::default(), size, 1, None).next() else { return Ok(None) };
-    let batch = batch.map_err(data_error)?;
-    let feeds = eval::filled(&batch, fixed.unwrap_or(batch.count));
+    let feeds = match ask.data.map(|d| d.batches(BatchOrder::default(), size, 1, None).next()) {
+        Some(None) => return Ok(None),
+        Some(Some(batch)) => {
+            let batch = batch.map_err(data_error)?;
+            eval::filled(&batch, fixed.unwrap_or(batch.count))
+        }
+        None => bench_feeds(model, size, ask.seed, RuntimeName::Ort, ask.session)?,
+    };
     let inputs: Vec<(ValueId, Declared)> =
         base.graph.inputs().iter().filter_map(|v| Some((*v, base.graph.value(*v).declared()?.clone()))).collect();
     let outputs: Vec<(ValueId, Declared)> = values

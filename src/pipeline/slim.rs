@@ -312,7 +312,7 @@ impl Slim<'_> {
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        let Repaired { cut: Cut { sliced, mut plan, warnings }, repairs } = cut;
+        let Repaired { cut: Cut { sliced, mut plan, warnings }, repairs, .. } = cut;
         warnings.into_iter().for_each(|w| tell(Event::Note(w)));
         let cost = before_after(self.model, &sliced)?;
         let mut graph = sliced.graph;
@@ -349,7 +349,7 @@ impl Slim<'_> {
 
     fn calibration<'b>(&'b self, data: &'b SlimData, dir: Option<&'b Path>) -> CalibrateAsk<'b> {
         CalibrateAsk {
-            data: &data.train,
+            data: Some(&data.train),
             images: self.repair.images,
             basis: self.repair.basis,
             batch: self.config.batch,

@@ -1,0 +1,76 @@
+//! Plan + model + what images say -> the sliced graph in the basis of the data, repaired.
+
+use super::allocate::{Repaired, best_of_heads, cut_calibrated, cut_trained};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate};
+use super::edit::cut;
+use super::{Error, Model};
+use crate::anatomy::Group;
+use crate::plan::Plan;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// How a plan is applied by what images say.
+pub struct RepairAsk<'a> {
+    /// The plan.
+    pub plan: &'a Plan,
+    /// Its file.
+    pub plan_path: &'a Path,
+    /// A run whose weights are cut.
+    pub weights: Option<&'a Path>,
+    /// Whether the weights behind a cut make up for it.
+    pub is_compensated: bool,
+    /// The images, and the basis.
+    pub images: CalibrateAsk<'a>,
+}
+
+/// Applies a plan in the basis asked for, repaired where that is asked.
+///
+/// A plan of the model's own basis that is applied in the basis of the data says how many dims of each head stay; which ones is
+/// decided by what they carry.
+///
+/// Errors: a plan of another basis than asked for, weights of a run in the basis of the data; those of [`calibrate`].
+pub fn cut_repaired(
+    model: &Model,
+    ask: &RepairAsk<'_>,
+    tell: &mut dyn FnMut(Calibrating),
+    stop: &AtomicBool,
+) -> Result<Repaired, Error> {
+    let is_rotated = ask.plan.basis == ROTATED;
+    if is_rotated && ask.images.basis == BasisChoice::Original {
+        return Err(Error::unsuitable(ask.plan_path, "its units are dims in the basis of the data: --basis original has no such dims"));
+    }
+    if let Some(run) = ask.weights {
+        if is_rotated || ask.images.basis == BasisChoice::Rotated {
+            let reason = "weights of a run are cut in the basis of the model, in which they were searched";
+            return Err(Error::unsuitable(ask.plan_path, reason));
+        }
+        if !ask.is_compensated {
+            return Ok(cut(model, ask.plan_path, ask.plan, Some(run))?.into());
+        }
+        return cut_trained(model, (ask.plan_path, ask.plan), run, &ask.images, tell, stop);
+    }
+    ask.plan.check(ask.plan_path, &model.sha256()?, &model.anatomy)?;
+    let found = calibrate(model, &ask.images, tell, stop)?;
+    let plan = if is_rotated { ask.plan.clone() } else { in_rotated_dims(model, ask.plan, &found) };
+    cut_calibrated(model, ask.plan_path, &plan, &found, ask.is_compensated)
+}
+
+/// The word of a plan whose units are dims in the basis of the data.
+const ROTATED: &str = "rotated";
+
+/// The plan with as many dims of each head of the rotated groups, those that carry most.
+fn in_rotated_dims(model: &Model, plan: &Plan, found: &Calibration) -> Plan {
+    let mut plan = plan.clone();
+    let groups: Vec<&Group> = model.anatomy.groups.iter().filter(|g| found.rotated.contains(&g.id)).collect();
+    for group in groups {
+        let (Some(kept), Some(scores)) = (plan.groups.get_mut(&group.id), found.scores.groups.get(&group.id)) else { continue };
+        let mut counts = vec![0; group.nest_count()];
+        kept.kept.iter().filter_map(|u| u.checked_div(group.stored.len())).for_each(|head| {
+            if let Some(n) = counts.get_mut(head) {
+                *n += 1;
+            }
+        });
+        kept.kept = best_of_heads(group, scores, &counts);
+    }
+    plan
+}
