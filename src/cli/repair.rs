@@ -1,9 +1,9 @@
 //! Flags of commands that look at images without training.
 
 use super::failure::Failure;
+use super::interrupt;
 use super::options::{EngineArgs, ReadArgs};
 use super::talk::Talk;
-use super::interrupt;
 use crate::compensate::Repair;
 use crate::data::Dataset;
 use crate::pipeline::{self, BasisChoice, CalibrateAsk, Calibrating, Model};

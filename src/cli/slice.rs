@@ -82,8 +82,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let before_bytes = pipeline::file_bytes(&model);
     let after_bytes = pipeline::bytes_on_disk(&args.out);
     if args.json {
-        let not_rotated: Vec<_> =
-            repaired.refused.iter().map(|r| json!({ "group": r.group, "reason": r.reason })).collect();
+        let not_rotated: Vec<_> = repaired.refused.iter().map(|r| json!({ "group": r.group, "reason": r.reason })).collect();
         print_json(&json!({
             "schema_version": crate::plan::SCHEMA_VERSION,
             "params": got.params,
@@ -138,7 +137,9 @@ fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<Repaired,
     }
     if !args.images.is_given() {
         let why = if args.compensate { "--compensate" } else { "the rotated basis" };
-        let message = format!("{why}: needs images (--data FOLDER or FILE.npz, labels or not) or a run directory with their statistics (--run)");
+        let message = format!(
+            "{why}: needs images (--data FOLDER or FILE.npz, labels or not) or a run directory with their statistics (--run)"
+        );
         return Err(Failure::bad("V0003", None, message));
     }
     let opened = args.images.open(model, talk)?;

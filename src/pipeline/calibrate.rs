@@ -220,9 +220,8 @@ fn statistics(
     let file = ask.dir.map(|d| d.join(STATS_FILE));
     let failed = |cause: StatsError| Error::Stats { file: model.path.clone(), cause: Box::new(cause) };
     if let Some(file) = file.as_deref().filter(|f| f.exists()) {
-        let is_asked = |found: &Stats| {
-            ask.data.is_none_or(|d| found.images == ask.images.min(d.len()) as u64 && found.seed == ask.seed)
-        };
+        let is_asked =
+            |found: &Stats| ask.data.is_none_or(|d| found.images == ask.images.min(d.len()) as u64 && found.seed == ask.seed);
         match Stats::read(file, &sha256, &base.graph, probes) {
             Ok(found) if is_asked(&found) => return Ok(found),
             Ok(_) => {}

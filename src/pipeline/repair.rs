@@ -37,7 +37,10 @@ pub fn cut_repaired(
 ) -> Result<Repaired, Error> {
     let is_rotated = ask.plan.basis == ROTATED;
     if is_rotated && ask.images.basis == BasisChoice::Original {
-        return Err(Error::unsuitable(ask.plan_path, "its units are dims in the basis of the data: --basis original has no such dims"));
+        return Err(Error::unsuitable(
+            ask.plan_path,
+            "its units are dims in the basis of the data: --basis original has no such dims",
+        ));
     }
     if let Some(run) = ask.weights {
         if is_rotated || ask.images.basis == BasisChoice::Rotated {
