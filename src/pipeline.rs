@@ -22,7 +22,7 @@ pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
 pub use proof::{ProofData, prove};
-pub use repair::{RepairAsk, cut_repaired};
+pub use repair::{Measured, RepairAsk, bases, cut_repaired, holds_statistics, read_measured};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 
 use crate::anatomy::{self, Anatomy, Kind};

@@ -7,6 +7,7 @@ use super::plan::asked_promised_got;
 use super::repair::{BasisArg, ImageArgs, looked_at, repairs_text};
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json, print_text};
+use crate::basis::Refused;
 use crate::onnx;
 use crate::pipeline::{self, BasisChoice, Model, RepairAsk, Repaired};
 use crate::plan::Plan;
@@ -82,7 +83,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let before_bytes = pipeline::file_bytes(&model);
     let after_bytes = pipeline::bytes_on_disk(&args.out);
     if args.json {
-        let not_rotated: Vec<_> = repaired.refused.iter().map(|r| json!({ "group": r.group, "reason": r.reason })).collect();
+        let reasons =
+            |list: &[Refused]| -> Vec<_> { list.iter().map(|r| json!({ "group": r.group, "reason": r.reason })).collect() };
         print_json(&json!({
             "schema_version": crate::plan::SCHEMA_VERSION,
             "params": got.params,
@@ -95,7 +97,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             "basis": cut.plan.basis,
             "images": repaired.images,
             "rotated": repaired.rotated,
-            "not_rotated": not_rotated,
+            "not_rotated": reasons(&repaired.refused),
+            "not_repaired": reasons(&repaired.unrepaired),
             "repairs": repaired.repairs,
         }))?;
     } else {
@@ -112,8 +115,10 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         if !repaired.rotated.is_empty() {
             text += &format!("rotated: {}\n", repaired.rotated.iter().cloned().collect::<Vec<_>>().join(", "));
         }
-        for r in &repaired.refused {
-            text += &format!("not rotated: {}: {}\n", r.group, onnx::shown_to(&r.reason, 200));
+        for (what, list) in [("rotated", &repaired.refused), ("repaired", &repaired.unrepaired)] {
+            for r in list {
+                text += &format!("not {what}: {}: {}\n", r.group, onnx::shown_to(&r.reason, 200));
+            }
         }
         text += &format!("{line}\n");
         print_text(&text)?;

@@ -11,7 +11,7 @@ use crate::graph::{Graph, Tensor, ValueId};
 use crate::plan::{Kept, Losses, Plan};
 use crate::slice;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 /// How long curves may take, and on how many images.
@@ -73,8 +73,7 @@ impl Calibration {
     ) -> Result<Curves, Error> {
         let failed = |cause: CurveError| Error::Curves { file: model.path.clone(), cause: Box::new(cause) };
         let sha256 = model.sha256()?;
-        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
-        let file = ask.dir.map(|d| d.join(format!("curves-{word}.json")));
+        let file = self.curves_file(ask.dir);
         let groups: Vec<&Group> =
             self.base.anatomy.groups.iter().filter(|g| kinds.contains(&g.kind) && g.kind != Kind::Token).collect();
         if let Some(file) = file.as_deref().filter(|f| f.exists()) {
@@ -84,7 +83,7 @@ impl Calibration {
             }
         }
         let Some(data) = ask.data else {
-            let reason = format!("has no curves of what cuts lose (curves-{word}.json): give images with --data");
+            let reason = "has no curves of what cuts lose: give images with --data";
             return Err(Error::unsuitable(ask.dir.unwrap_or(&model.path), reason));
         };
         let output = class_output(model, ask.output)?;
@@ -120,6 +119,12 @@ impl Calibration {
             found.write(file)?;
         }
         Ok(found)
+    }
+
+    /// The file of curves in a folder.
+    pub(super) fn curves_file(&self, dir: Option<&Path>) -> Option<PathBuf> {
+        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
+        dir.map(|d| d.join(format!("curves-{word}.json")))
     }
 
     /// Constants that trials of a group edit.
@@ -195,13 +200,15 @@ pub struct Repaired {
     pub rotated: BTreeSet<String>,
     /// Groups that were to be rotated and stay in the basis of the model, and why.
     pub refused: Vec<Refused>,
+    /// Groups whose layers cannot be repaired, and why.
+    pub unrepaired: Vec<Refused>,
     /// Images that this was read off; 0 where none were looked at.
     pub images: u64,
 }
 
 impl From<Cut> for Repaired {
     fn from(cut: Cut) -> Self {
-        Self { cut, repairs: Vec::new(), rotated: BTreeSet::new(), refused: Vec::new(), images: 0 }
+        Self { cut, repairs: Vec::new(), rotated: BTreeSet::new(), refused: Vec::new(), unrepaired: Vec::new(), images: 0 }
     }
 }
 
@@ -264,6 +271,7 @@ fn cut_edited(
         repairs,
         rotated: calibration.rotated.clone(),
         refused: calibration.refused.clone(),
+        unrepaired: calibration.unrepaired.iter().filter(|r| is_compensated && kept.contains_key(&r.group)).cloned().collect(),
         images: calibration.images,
     })
 }

@@ -73,6 +73,8 @@ pub struct Calibration {
     pub rotated: BTreeSet<String>,
     /// Groups that stay in the basis of the model, and why.
     pub refused: Vec<Refused>,
+    /// Groups whose layers cannot be repaired, and why.
+    pub unrepaired: Vec<Refused>,
     /// Images seen.
     pub images: u64,
 }
@@ -96,20 +98,37 @@ pub(super) fn calibrate_from(
     stop: &AtomicBool,
 ) -> Result<Calibration, Error> {
     let mut base = analysed(model, own_biases(start))?;
-    let (consumers, _) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
+    let (consumers, without) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
+    let mut unrepaired: Vec<Refused> = without.into_iter().map(|e| Refused { group: e.group, reason: e.reason }).collect();
     let (rotatable, mut refused) = match ask.basis {
         BasisChoice::Original => (Vec::new(), Vec::new()),
         BasisChoice::Auto | BasisChoice::Rotated => basis::rotatable(&base.graph, &base.facts, &base.anatomy, &consumers),
     };
-    let found = statistics(model, &base, &probes(&base, &consumers), ask, tell, stop)?;
-    let moments = |n: usize| found.probes.get(&probe_of_consumer(n)).cloned();
-    let layer = |(n, c): (usize, Consumer)| Layer::new(&base.graph, c, moments(n)?);
-    let mut layers: Vec<Layer> = consumers.into_iter().enumerate().filter_map(layer).collect();
+    let (probes, impossible) = probes(&base, &consumers);
+    let found = statistics(model, &base, &probes, ask, tell, stop)?;
+    let mut layers: Vec<Layer> = Vec::new();
+    for (n, consumer) in consumers.into_iter().enumerate() {
+        let ids: Vec<String> = consumer.groups.iter().map(|(id, _)| id.clone()).collect();
+        let name = probe_of_consumer(n);
+        let moments = found.probes.get(&name).cloned();
+        match moments.and_then(|m| Layer::new(&base.graph, consumer, m)) {
+            Some(layer) => layers.push(layer),
+            None => {
+                let reason = impossible.get(&name).map_or("its statistics do not fit its weight", String::as_str);
+                unrepaired.extend(ids.into_iter().map(|group| Refused { group, reason: reason.to_string() }));
+            }
+        }
+    }
     let mut bases: Vec<(Rotatable, Basis)> = Vec::new();
     for r in rotatable {
         match basis_of(&base.graph, &r, &found, &layers) {
             Some(b) => bases.push((r, b)),
-            None => refused.push(Refused { group: r.group, reason: "its statistics have no basis".to_string() }),
+            None => {
+                let told = ["q", "k"].iter().find_map(|side| impossible.get(&format!("{side}.{}", r.group)));
+                let told = told.or_else(|| Some(&unrepaired.iter().find(|u| u.group == r.group)?.reason));
+                let reason = told.map_or("its statistics have no basis".to_string(), Clone::clone);
+                refused.push(Refused { group: r.group, reason });
+            }
         }
     }
     base.graph = turn(model, &base, &mut bases, &mut refused, &layers, ask)?;
@@ -137,7 +156,7 @@ pub(super) fn calibrate_from(
         };
         scores.groups.extend(found.map(|s| (group.id.clone(), s)));
     }
-    Ok(Calibration { base, layers, scores, rotated, refused, images: found.images })
+    Ok(Calibration { base, layers, scores, rotated, refused, unrepaired, images: found.images })
 }
 
 /// The model in which every consumer has a bias of its own: merged ones are taken apart, so that one can be refitted alone.
@@ -161,18 +180,27 @@ fn probe_of_consumer(n: usize) -> String {
     format!("x.{n}")
 }
 
-/// Probes of every consumer's operand, and of queries and keys of every `qk` group whose product has both as operands.
-fn probes(base: &Analysed, consumers: &[Consumer]) -> Vec<Probe> {
+/// Probes of every consumer's operand, and of queries and keys of every `qk` group whose product has both as operands; and those that
+/// cannot be, by name, with the reason.
+fn probes(base: &Analysed, consumers: &[Consumer]) -> (Vec<Probe>, BTreeMap<String, String>) {
     let value = |at: Use| base.graph.node(at.node).input(at.slot);
     let mut probes = Vec::new();
+    let mut impossible = BTreeMap::new();
     let mut add = |name: String, site: &Site, centre: Option<usize>| {
-        let is_whole = |v: ValueId| {
-            let shape = base.facts.shape(v).unwrap_or_default();
-            let sizes: Option<usize> = site.axes.iter().map(|a| shape.get(*a)?.size()).product();
-            sizes == Some(site.index.len())
+        let Some(value) = value(site.at) else { return };
+        let shape = base.facts.shape(value).unwrap_or_default();
+        let sizes: Option<usize> = site.axes.iter().map(|a| shape.get(*a)?.size()).product();
+        let probe = Probe { name, value, axes: site.axes.clone(), centre };
+        let found = match sizes == Some(site.index.len()) {
+            true => stats::can_be_probed(&base.graph, &base.facts, &probe),
+            false => Err(format!("axes {:?} of {shape:?} hold more than its {} units", site.axes, site.index.len())),
         };
-        if let Some(value) = value(site.at).filter(|v| is_whole(*v)) {
-            probes.push(Probe { name, value, axes: site.axes.clone(), centre });
+        match found {
+            Ok(()) => probes.push(probe),
+            Err(reason) => {
+                let shown = format!("no statistics at '{}': {reason}", base.graph.value(value).name());
+                impossible.insert(probe.name, shown);
+            }
         }
     };
     for (n, consumer) in consumers.iter().enumerate() {
@@ -187,7 +215,7 @@ fn probes(base: &Analysed, consumers: &[Consumer]) -> Vec<Probe> {
             add(format!("k.{}", group.id), &k, tokens);
         }
     }
-    probes
+    (probes, impossible)
 }
 
 /// The operands of the product in which a `qk` group is contracted, where both can be seen.

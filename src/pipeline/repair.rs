@@ -1,11 +1,16 @@
 //! Plan + model + what images say -> the sliced graph in the basis of the data, repaired.
 
-use super::allocate::{Repaired, best_of_heads, cut_calibrated, cut_trained};
-use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate};
+use super::allocate::{Repaired, best_of_heads, cut_calibrated, cut_trained, losses};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, STATS_FILE, calibrate};
 use super::edit::cut;
 use super::{Error, Model};
 use crate::anatomy::Group;
-use crate::plan::Plan;
+use crate::basis;
+use crate::compensate;
+use crate::curves::Curves;
+use crate::plan::{Losses, Plan};
+use crate::score::Scores;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -76,4 +81,47 @@ fn in_rotated_dims(model: &Model, plan: &Plan, found: &Calibration) -> Plan {
         kept.kept = best_of_heads(group, scores, &counts);
     }
     plan
+}
+
+/// Whether a folder holds statistics of images, as one-shot jobs leave them.
+pub fn holds_statistics(dir: &Path) -> bool {
+    dir.join(STATS_FILE).is_file()
+}
+
+/// What a one-shot job measured.
+pub struct Measured {
+    /// How much each unit is worth.
+    pub scores: Scores,
+    /// What cuts lose, where that was measured.
+    pub losses: Option<Losses>,
+    /// Whether units of heads are dims in the basis of the data.
+    pub is_rotated: bool,
+    /// Images of the statistics.
+    pub images: u64,
+}
+
+/// Scores and losses of a model by statistics of images: of `ask.data`, or of a folder alone.
+///
+/// Errors: those of [`calibrate`]; a file of curves that is damaged or of another model.
+pub fn read_measured(
+    model: &Model,
+    ask: &CalibrateAsk<'_>,
+    tell: &mut dyn FnMut(Calibrating),
+    stop: &AtomicBool,
+) -> Result<Measured, Error> {
+    let found = calibrate(model, ask, tell, stop)?;
+    let curves = match found.curves_file(ask.dir).filter(|f| f.is_file()) {
+        Some(file) => Some(Curves::read(&file, &model.sha256()?)?),
+        None => None,
+    };
+    let is_rotated = !found.rotated.is_empty();
+    Ok(Measured { losses: curves.as_ref().map(losses), is_rotated, images: found.images, scores: found.scores })
+}
+
+/// Whether dims of each `qk` and `vo` group may be cut in the basis of the data, or why not: by the graph alone.
+pub fn bases(model: &Model) -> BTreeMap<String, Result<(), String>> {
+    let (consumers, _) = compensate::consumers(model.graph(), &model.facts, &model.anatomy);
+    let (rotatable, refused) = basis::rotatable(model.graph(), &model.facts, &model.anatomy, &consumers);
+    let fine = rotatable.into_iter().map(|r| (r.group, Ok(())));
+    fine.chain(refused.into_iter().map(|r| (r.group, Err(r.reason)))).collect()
 }
