@@ -10,6 +10,7 @@ mod error;
 mod exact;
 mod measure;
 mod proof;
+mod repair;
 mod sequential;
 pub mod slim;
 mod train;
@@ -23,6 +24,7 @@ pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
 pub use proof::{ProofData, prove};
+pub use repair::{Measured, RepairAsk, bases, cut_repaired, holds_statistics, read_measured};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 
 use crate::anatomy::{self, Anatomy, Kind};

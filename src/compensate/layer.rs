@@ -117,7 +117,8 @@ impl Layer {
         let variance: f64 = (0..outputs).map(|o| behind.held.cov[(features + o, features + o)]).sum();
         let error = |refit: &Refit| {
             let bias = bias.iter().zip(&refit.shift).map(|(b, s)| b + s).collect();
-            feedback::error(held, &Affine { weight: refit.weight.clone(), bias, ridge: refit.ridge }) / variance.max(f64::MIN_POSITIVE)
+            feedback::error(held, &Affine { weight: refit.weight.clone(), bias, ridge: refit.ridge })
+                / variance.max(f64::MIN_POSITIVE)
         };
         let plain = ridge::plain(&self.weight, &stays);
         let fresh = feedback::fit(fit, &self.weight, &bias, &stays, self.consumer.bias.is_some()).map(|f| {

@@ -4,12 +4,13 @@ use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Comp
 use super::edit::{Cut, changed, edited, splits_between, trained};
 use super::{Error, Model, analyse, class_output, exact};
 use crate::anatomy::{Group, Kind};
+use crate::basis::Refused;
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Graph, Tensor, ValueId};
 use crate::plan::{Kept, Losses, Plan};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 /// How long curves may take, and on how many images.
@@ -39,15 +40,20 @@ fn bundles(group: &Group) -> usize {
 
 /// The units that stay where `count` bundles of each head do: the best by `scores`.
 fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
+    best_of_heads(group, scores, &vec![count; group.nest_count()])
+}
+
+/// The units that stay where each head keeps so many bundles: the best by `scores`.
+pub(super) fn best_of_heads(group: &Group, scores: &[f32], counts: &[usize]) -> Vec<usize> {
     let width = group.stored.len();
     let together = group.bundles();
     let mut kept = Vec::new();
-    for head in 0..group.nest_count() {
+    for (head, count) in counts.iter().enumerate() {
         let worth = |b: &[usize]| b.iter().map(|u| f64::from(scores[head * width + u])).sum::<f64>();
         let mut all: Vec<&Vec<usize>> =
             together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
         all.sort_by(|a, b| worth(b).total_cmp(&worth(a)).then(a[0].cmp(&b[0])));
-        kept.extend(all.into_iter().take(count).flatten().map(|u| head * width + u));
+        kept.extend(all.into_iter().take(*count).flatten().map(|u| head * width + u));
     }
     kept.sort_unstable();
     kept
@@ -66,8 +72,7 @@ impl Calibration {
     ) -> Result<Curves, Error> {
         let failed = |cause: CurveError| Error::Curves { file: model.path.clone(), cause: Box::new(cause) };
         let sha256 = model.sha256()?;
-        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
-        let file = ask.dir.map(|d| d.join(format!("curves-{word}.json")));
+        let file = self.curves_file(ask.dir);
         let groups: Vec<&Group> =
             self.base.anatomy.groups.iter().filter(|g| kinds.contains(&g.kind) && g.kind != Kind::Token).collect();
         if let Some(file) = file.as_deref().filter(|f| f.exists()) {
@@ -76,14 +81,18 @@ impl Calibration {
                 return Ok(known);
             }
         }
+        let Some(data) = ask.data else {
+            let reason = "has no curves of what cuts lose: give images with --data";
+            return Err(Error::unsuitable(ask.dir.unwrap_or(&model.path), reason));
+        };
         let output = class_output(model, ask.output)?;
         let (graph, facts) = (&self.base.graph, &self.base.facts);
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
         let settings =
             curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
         let span = curves::Time { sites: groups.len(), trials: LEVELS.len() + 1, seconds: time.seconds, at_most: time.images };
-        let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
-        let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
+        let count = curves::images_within((graph, facts), output.as_deref(), data, &settings, &span).map_err(failed)?;
+        let images = if count < data.len() { data.draw(count, ask.seed) } else { data.clone() };
         let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
         let mut sites: Vec<(usize, &Group)> = Vec::new();
         for group in groups {
@@ -109,6 +118,12 @@ impl Calibration {
             found.write(file)?;
         }
         Ok(found)
+    }
+
+    /// The file of curves in a folder.
+    pub(super) fn curves_file(&self, dir: Option<&Path>) -> Option<PathBuf> {
+        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
+        dir.map(|d| d.join(format!("curves-{word}.json")))
     }
 
     /// Constants that trials of a group edit.
@@ -178,11 +193,19 @@ pub struct Repaired {
     pub cut: Cut,
     /// What was done, layer by layer.
     pub repairs: Vec<Repair>,
+    /// Groups in the basis of the data.
+    pub rotated: BTreeSet<String>,
+    /// Groups that were to be rotated and stay in the basis of the model, and why.
+    pub refused: Vec<Refused>,
+    /// Groups whose layers cannot be repaired, and why.
+    pub unrepaired: Vec<Refused>,
+    /// Images that this was read off; 0 where none were looked at.
+    pub images: u64,
 }
 
 impl From<Cut> for Repaired {
     fn from(cut: Cut) -> Self {
-        Self { cut, repairs: Vec::new() }
+        Self { cut, repairs: Vec::new(), rotated: BTreeSet::new(), refused: Vec::new(), unrepaired: Vec::new(), images: 0 }
     }
 }
 
@@ -191,7 +214,7 @@ pub fn cut_calibrated(
     model: &Model,
     (plan_path, plan): (&Path, &Plan),
     calibration: &Calibration,
-    how: Compensation,
+    (how, is_exact): (Compensation, bool),
     ask: &CalibrateAsk<'_>,
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
@@ -199,7 +222,7 @@ pub fn cut_calibrated(
     let plan = Plan { weights: None, ..plan.clone() };
     check(model, plan_path, &plan)?;
     let weights = calibration.weights(model, &plan.kept(), how, ask, tell, stop)?;
-    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, weights)
+    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, (how, is_exact, weights))
 }
 
 /// Applies a plan to the weights of a run, its gates multiplied in, repaired by what images say of them.
@@ -207,7 +230,7 @@ pub fn cut_trained(
     model: &Model,
     (plan_path, plan): (&Path, &Plan),
     run: &Path,
-    how: Compensation,
+    (how, is_exact): (Compensation, bool),
     ask: &CalibrateAsk<'_>,
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
@@ -220,7 +243,8 @@ pub fn cut_trained(
     let calibration = calibrate_from(model, base, &ask, tell, stop)?;
     let plan = Plan { weights: Some(trained.weights), ..plan.clone() };
     let weights = calibration.weights(model, &plan.kept(), how, &ask, tell, stop)?;
-    let mut repaired = cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, weights)?;
+    let mut repaired =
+        cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, (how, is_exact, weights))?;
     repaired.cut.warnings = trained.warnings;
     Ok(repaired)
 }
@@ -237,7 +261,7 @@ fn cut_edited(
     mut plan: Plan,
     (start, mut why): (&Graph, Vec<(String, &'static str)>),
     calibration: &Calibration,
-    (graph, repairs): (Graph, Vec<Repair>),
+    (how, is_exact, (graph, repairs)): (Compensation, bool, (Graph, Vec<Repair>)),
 ) -> Result<Repaired, Error> {
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
     plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();
@@ -246,6 +270,15 @@ fn cut_edited(
     plan.edited = edited(why);
     let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };
     let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
-    let made = exact::slice(model, (&graph, &facts, &anatomy), &plan.kept(), !plan.exact.is_empty())?;
-    Ok(Repaired { cut: Cut::new(made, plan, Vec::new()), repairs })
+    let made = exact::slice(model, (&graph, &facts, &anatomy), &plan.kept(), is_exact || !plan.exact.is_empty())?;
+    let unrepaired = calibration.unrepaired.iter().filter(|r| how != Compensation::Off && plan.kept().contains_key(&r.group));
+    let unrepaired = unrepaired.cloned().collect();
+    Ok(Repaired {
+        cut: Cut::new(made, plan, Vec::new()),
+        repairs,
+        rotated: calibration.rotated.clone(),
+        refused: calibration.refused.clone(),
+        unrepaired,
+        images: calibration.images,
+    })
 }

@@ -5,6 +5,7 @@ use super::Error;
 use super::Model;
 use super::calibrate::{CalibrateAsk, Calibrating, Calibration, stats_error};
 use crate::compensate::{Layer, Repair, both_streams};
+use crate::data::Dataset;
 use crate::graph::Graph;
 use crate::infer;
 use crate::plan::Kept;
@@ -17,7 +18,7 @@ impl Calibration {
         &self,
         model: &Model,
         kept: &Kept,
-        ask: &CalibrateAsk<'_>,
+        (ask, data): (&CalibrateAsk<'_>, &Dataset),
         tell: &mut dyn FnMut(Calibrating),
         stop: &AtomicBool,
     ) -> Result<(Graph, Vec<Repair>), Error> {
@@ -34,7 +35,7 @@ impl Calibration {
         let mut told = Vec::new();
         for (n, layer) in cut.iter().enumerate() {
             tell(Calibrating::Layers(n, cut.len()));
-            let found = match self.behind(model, layer, &edited, ask, stop)? {
+            let found = match self.behind(model, layer, &edited, (ask, data), stop)? {
                 Some(behind) => layer.repair_behind(&base.graph, kept, &behind),
                 None => layer.repair(kept),
             };
@@ -59,7 +60,7 @@ impl Calibration {
         model: &Model,
         layer: &Layer,
         edited: &Graph,
-        ask: &CalibrateAsk<'_>,
+        (ask, data): (&CalibrateAsk<'_>, &Dataset),
         stop: &AtomicBool,
     ) -> Result<Option<stats::Gathered>, Error> {
         let base = &self.base;
@@ -72,8 +73,8 @@ impl Calibration {
             facts: &facts,
             model_sha256: "",
             probes: std::slice::from_ref(&probe),
-            data: ask.data,
-            images: Some(ask.images.min(ask.data.len())),
+            data,
+            images: Some(ask.images.min(data.len())),
             seed: ask.seed,
             batch: ask.batch,
             loaders,

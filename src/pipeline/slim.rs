@@ -316,7 +316,7 @@ impl Slim<'_> {
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        let Repaired { cut: Cut { sliced, mut plan, warnings, refused }, repairs } = cut;
+        let Repaired { cut: Cut { sliced, mut plan, warnings, refused }, repairs, .. } = cut;
         warnings.into_iter().for_each(|w| tell(Event::Note(w)));
         let cost = before_after(self.model, &sliced)?;
         let mut graph = sliced.graph;
@@ -329,7 +329,9 @@ impl Slim<'_> {
             }
             if !verdict.pass {
                 let search = outcome;
-                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into());
+                return Ok(
+                    Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into()
+                );
             }
             tell(Event::Stage("fine-tuning"));
             let tuned = self.tune(&graph, data, tell, stop)?;
@@ -353,7 +355,7 @@ impl Slim<'_> {
 
     fn calibration<'b>(&'b self, data: &'b SlimData, dir: Option<&'b Path>) -> CalibrateAsk<'b> {
         CalibrateAsk {
-            data: &data.train,
+            data: Some(&data.train),
             images: self.repair.images,
             basis: self.repair.basis,
             batch: self.config.batch,
@@ -374,7 +376,7 @@ impl Slim<'_> {
             let plan = self.plan(&found.scores)?;
             tell(Event::Stage("cutting"));
             let plan = (Path::new("plan"), &plan);
-            return cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop);
+            return cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop);
         };
         tell(Event::Stage("measuring what cuts lose"));
         let curves = found.curves(self.model, &ask, &self.repair.curves, kinds, &mut |c| tell(c.into()), stop)?;
@@ -383,7 +385,7 @@ impl Slim<'_> {
         plan.seed = self.config.seed;
         tell(Event::Stage("cutting"));
         let plan = (Path::new("plan"), &plan);
-        cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
+        cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop)
     }
 
     /// Cuts what a search trained, and repairs it.
@@ -396,7 +398,7 @@ impl Slim<'_> {
         stop: &AtomicBool,
     ) -> Result<Repaired, Error> {
         let ask = self.calibration(data, None);
-        cut_trained(self.model, (Path::new("plan"), plan), run_dir, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
+        cut_trained(self.model, (Path::new("plan"), plan), run_dir, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop)
     }
 
     fn tune(&self, graph: &Graph, data: &SlimData, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Finetuned, Error> {
