@@ -7,10 +7,10 @@
 mod harness;
 
 use std::path::{Path, PathBuf};
+use vitrim::autodiff::interface::declare;
 use vitrim::cost::{self, Sizes};
 use vitrim::data::array::Array;
 use vitrim::exact;
-use vitrim::autodiff::interface::declare;
 use vitrim::graph::build::{Builder, attr};
 use vitrim::graph::{AttrValue, DType, Declared, DeclaredDim, Graph, Tensor, ValueId};
 use vitrim::infer;
@@ -193,8 +193,13 @@ fn last_block(rows: usize) -> u64 {
 #[test]
 fn the_last_block_works_for_tokens_that_are_read() {
     let one: &[i64] = &[0];
-    let heads =
-        [(Head::Gather(one), 1), (Head::Gather(&[-1]), 1), (Head::Gather(&[0, 4]), 2), (Head::Slice(0, 1), 1), (Head::Slice(2, 4), 2)];
+    let heads = [
+        (Head::Gather(one), 1),
+        (Head::Gather(&[-1]), 1),
+        (Head::Gather(&[0, 4]), 2),
+        (Head::Slice(0, 1), 1),
+        (Head::Slice(2, 4), 2),
+    ];
     for how in [Projection::Fused, Projection::Split, Projection::Separate] {
         for (head, rows) in heads {
             let graph = net(how, head);

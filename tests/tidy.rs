@@ -57,11 +57,10 @@ const MAY_IMPORT: &[(&str, &str)] = &[
 ];
 
 /// Imports beyond that table: file or folder, path, reason.
-const EXCEPTIONS: &[(&str, &str, &str)] =
-    &[
-        ("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
-        ("exact", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
-    ];
+const EXCEPTIONS: &[(&str, &str, &str)] = &[
+    ("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
+    ("exact", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
+];
 
 /// Where names of operators are expected: they are what these files are about.
 const OPERATOR_NAMES: &[&str] = &[

@@ -57,7 +57,8 @@ pub(super) fn exact_json(plan: &Plan, refused: &[Refused]) -> serde_json::Value 
 /// The same, one line each.
 pub(super) fn exact_text(plan: &Plan, refused: &[Refused]) -> String {
     let macs = |n: Option<u64>| n.map_or("MACs".to_string(), |n| format!("{} MACs", grouped(n)));
-    let saved = plan.exact.iter().map(|s| format!("saved {} at {}: {}\n", macs(s.macs_saved), shown(&s.node), s.what.as_sentence()));
+    let saved =
+        plan.exact.iter().map(|s| format!("saved {} at {}: {}\n", macs(s.macs_saved), shown(&s.node), s.what.as_sentence()));
     let refused = refused.iter().map(|r| format!("not saved: {}: {}\n", r.what.as_sentence(), onnx::shown_to(&r.reason, 200)));
     saved.chain(refused).collect()
 }

@@ -13,11 +13,7 @@ pub(super) enum Kept {
     List(Vec<usize>),
     /// Of an axis of a size that only run time knows, which is a product with a factor of size `of` (`batch * tokens`), these
     /// positions of the factor. `behind` is the product of the factors inside of it.
-    Factor {
-        of: usize,
-        behind: Dim,
-        list: Vec<usize>,
-    },
+    Factor { of: usize, behind: Dim, list: Vec<usize> },
 }
 
 impl Kept {
@@ -96,10 +92,7 @@ impl Demand {
 pub(super) fn hull<'a>(mut rects: impl Iterator<Item = &'a Rect>, size: &dyn Fn(usize) -> Option<usize>) -> Rect {
     let Some(mut all) = rects.next().cloned() else { return Rect::new() };
     for rect in rects {
-        all = all
-            .into_iter()
-            .filter_map(|(axis, kept)| Some((axis, kept.with(rect.get(&axis)?)?)))
-            .collect();
+        all = all.into_iter().filter_map(|(axis, kept)| Some((axis, kept.with(rect.get(&axis)?)?))).collect();
     }
     all.retain(|axis, kept: &mut Kept| !kept.is_all(size(*axis)));
     all
@@ -196,13 +189,7 @@ impl Said<'_> {
         Ok(())
     }
 
-    fn carry(
-        &self,
-        a: At,
-        b: At,
-        needed: &mut BTreeMap<At, Kept>,
-        picked: &mut BTreeSet<At>,
-    ) -> Result<(), String> {
+    fn carry(&self, a: At, b: At, needed: &mut BTreeMap<At, Kept>, picked: &mut BTreeSet<At>) -> Result<(), String> {
         let Some(positions) = needed.get(&a).cloned() else { return Ok(()) };
         match needed.get(&b) {
             Some(known) if *known == positions => {}
@@ -218,12 +205,7 @@ impl Said<'_> {
     }
 
     /// Positions of the axes `to` that hold the elements of those of `from`, row-major.
-    fn regroup(
-        &self,
-        from: &(Slot, Vec<usize>),
-        to: &(Slot, Vec<usize>),
-        needed: &mut BTreeMap<At, Kept>,
-    ) -> Result<(), String> {
+    fn regroup(&self, from: &(Slot, Vec<usize>), to: &(Slot, Vec<usize>), needed: &mut BTreeMap<At, Kept>) -> Result<(), String> {
         let at = |side: &(Slot, Vec<usize>)| side.1.iter().map(|a| (side.0, *a)).collect::<Vec<At>>();
         let (from, to) = (at(from), at(to));
         if !from.iter().any(|x| needed.contains_key(x)) || to.iter().any(|x| needed.contains_key(x)) {
@@ -282,7 +264,8 @@ impl Said<'_> {
                 Some((*x, Kept::Factor { of: from_dims[i].size()?, behind, list: list.clone() }))
             }
             (Kept::Factor { of, behind, list }, [_], _) => {
-                let is_factor = |j: &usize| to_dims[*j].size() == Some(*of) && to_dims[j + 1..].iter().product::<Dim>() == *behind;
+                let is_factor =
+                    |j: &usize| to_dims[*j].size() == Some(*of) && to_dims[j + 1..].iter().product::<Dim>() == *behind;
                 let j = (0..to.len()).find(is_factor)?;
                 Some((to[j], Kept::List(list.clone())))
             }
@@ -360,9 +343,7 @@ impl Said<'_> {
         match link {
             Link::Contract(a, b) if is_narrow(a) || is_narrow(b) => Err("it sums over the positions".to_string()),
             Link::Sum(a) if is_narrow(a) => Err("it sums over the positions".to_string()),
-            Link::Barrier(a, reason)
-            | Link::Vanish(a, reason)
-            | Link::Blocks(a, Blocks { else_barrier: Some(reason), .. })
+            Link::Barrier(a, reason) | Link::Vanish(a, reason) | Link::Blocks(a, Blocks { else_barrier: Some(reason), .. })
                 if is_narrow(a) =>
             {
                 Err(reason.clone())

@@ -67,8 +67,7 @@ fn narrow_opened(
         return Err(walk.refused(reason));
     }
     let Narrower { mut out, parts, .. } = walk;
-    let unused: BTreeSet<ValueId> =
-        model.values().filter(|(_, v)| v.users().is_empty()).map(|(id, _)| id).collect();
+    let unused: BTreeSet<ValueId> = model.values().filter(|(_, v)| v.users().is_empty()).map(|(id, _)| id).collect();
     let keeps = |_: &Graph, v: ValueId| unused.contains(&v);
     out.sort();
     out.remove_dead(&keeps);
@@ -160,12 +159,7 @@ fn drop_idle_slices(out: &mut Graph, facts: &Facts, old_count: usize) {
 }
 
 /// The result is sound, and every value has the shape that it should have.
-fn check_shapes(
-    out: &Graph,
-    facts: &Facts,
-    lengths: &BTreeMap<(ValueId, usize), Dim>,
-    graph: &Graph,
-) -> Result<(), String> {
+fn check_shapes(out: &Graph, facts: &Facts, lengths: &BTreeMap<(ValueId, usize), Dim>, graph: &Graph) -> Result<(), String> {
     let is_whole = |v: &check::Violation| v.rule != "I6" || !v.what.contains(": 0 bytes");
     if let Some(violation) = check::check(out).into_iter().find(is_whole) {
         return Err(violation.to_string());
@@ -176,11 +170,7 @@ fn check_shapes(
         if value.producer().is_none() || out.is_constant(v) {
             continue;
         }
-        let expected: Vec<Dim> = old
-            .iter()
-            .enumerate()
-            .map(|(axis, d)| lengths.get(&(v, axis)).unwrap_or(d).clone())
-            .collect();
+        let expected: Vec<Dim> = old.iter().enumerate().map(|(axis, d)| lengths.get(&(v, axis)).unwrap_or(d).clone()).collect();
         let differs = |(a, b): (&Dim, &Dim)| a != b && (a.known().is_some() || b.known().is_some());
         if found.len() != expected.len() || found.iter().zip(&expected).any(differs) {
             return Err(format!("'{}' would have shape {found:?} instead of {expected:?}", value.name()));
@@ -288,7 +278,8 @@ impl<'a> Narrower<'a> {
     /// Decides about a node with one output that is read.
     fn one(&mut self, id: NodeId, slot: usize, v: ValueId) {
         let is_float = self.facts.get(v).dtype.is_some_and(crate::graph::DType::is_float);
-        let may_change = (self.depends[v] || is_float) && self.graph.node(id).captures().is_empty() && !self.out.outputs().contains(&v);
+        let may_change =
+            (self.depends[v] || is_float) && self.graph.node(id).captures().is_empty() && !self.out.outputs().contains(&v);
         let mut whole = Rect::new();
         if may_change {
             while self.split_off(id, slot, v) {}
@@ -410,7 +401,8 @@ impl<'a> Narrower<'a> {
     }
 
     fn record_input(&mut self, at: Use, rect: Rect) {
-        let work = self.work.entry(at.node).or_insert(Work { origin: at.node, inputs: BTreeMap::new(), outputs: BTreeMap::new() });
+        let work =
+            self.work.entry(at.node).or_insert(Work { origin: at.node, inputs: BTreeMap::new(), outputs: BTreeMap::new() });
         work.inputs.insert(at.slot, rect);
     }
 
@@ -491,7 +483,8 @@ impl<'a> Narrower<'a> {
             let Some(tensor) = self.graph.constant(v) else { continue };
             let name = self.graph.value(v).name().to_string();
             let taken = |rect: &Rect| {
-                rect.iter().fold(tensor.clone(), |t, (axis, kept)| if let Kept::List(list) = kept { t.take(*axis, list) } else { t })
+                rect.iter()
+                    .fold(tensor.clone(), |t, (axis, kept)| if let Kept::List(list) = kept { t.take(*axis, list) } else { t })
             };
             let mut copies: BTreeMap<Rect, ValueId> = BTreeMap::new();
             for (at, rect) in readers {

@@ -329,7 +329,9 @@ impl Slim<'_> {
             }
             if !verdict.pass {
                 let search = outcome;
-                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into());
+                return Ok(
+                    Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into()
+                );
             }
             tell(Event::Stage("fine-tuning"));
             let tuned = self.tune(&graph, data, tell, stop)?;
