@@ -56,13 +56,13 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, overwrite)?;
     let plan = Plan::read(&args.plan).map_err(pipeline::Error::from)?;
-    let cut = pipeline::cut(&model, &args.plan, &plan, args.weights.as_deref())?;
+    let (cut, origin) = pipeline::cut_early(&model, &args.plan, &plan, args.weights.as_deref())?;
     cut.warnings.iter().for_each(|w| talk.warn(w));
     let sliced = &cut.sliced;
     let got = pipeline::before_after(&model, sliced)?;
     {
         let _guard = interrupt::writing();
-        onnx::save(&sliced.graph, &args.out, overwrite)?;
+        onnx::save_if(&sliced.graph, &args.out, overwrite, || origin.check(&args.plan, &plan))?;
         pipeline::check_written(&args.out)?;
         if !is_own_plan || cut.plan != plan {
             write_plan(&plan_out, &cut.plan, onnx::Overwrite::Force)?;
