@@ -61,9 +61,13 @@ impl Elements {
     /// What is at `indices` along `axis` of a tensor of this shape with elements of `width` bytes; indices must lie inside.
     pub(super) fn take(&self, dims: &[usize], width: usize, axis: usize, indices: &[usize]) -> Self {
         let mut selection = match &self.0 {
-            Held::Selected(s) if self.is_late() => {
-                Selection { source: s.source.clone(), width, dims: s.dims.clone(), kept: s.kept.clone(), gathered: OnceLock::new() }
-            }
+            Held::Selected(s) if self.is_late() => Selection {
+                source: s.source.clone(),
+                width,
+                dims: s.dims.clone(),
+                kept: s.kept.clone(),
+                gathered: OnceLock::new(),
+            },
             _ => Selection {
                 source: self.to_bytes(),
                 width,

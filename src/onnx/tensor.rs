@@ -273,7 +273,6 @@ pub(super) struct DataFile {
 }
 
 impl DataFile {
-
     /// Appends `bytes` and returns their offset. Large ones start on a page, as readers that map files like it.
     fn push(&mut self, bytes: &Elements) -> u64 {
         let align = if bytes.len() < 4096 { 64 } else { 4096 };
