@@ -20,7 +20,7 @@ pub use augment::{AugmentAsk, augment};
 pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
 use edit::Base;
-pub use edit::{Cut, cut, read_run, record_trained};
+pub use edit::{Cut, Origin, cut, cut_early, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
 pub use proof::{ProofData, prove};

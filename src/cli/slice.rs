@@ -10,7 +10,7 @@ use super::{Verdict, interrupt, print_json, print_text};
 use crate::basis::Refused;
 use crate::exact;
 use crate::onnx::{self, shown};
-use crate::pipeline::{self, BasisChoice, Compensation, Model, RepairAsk, Repaired};
+use crate::pipeline::{self, BasisChoice, Compensation, Model, Origin, RepairAsk, Repaired};
 use crate::plan::Plan;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -87,14 +87,15 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, overwrite)?;
     let plan = Plan::read(&args.plan).map_err(pipeline::Error::from)?;
-    let repaired = cut(args, &model, &plan, talk)?;
+    let (repaired, origin) = cut(args, &model, &plan, talk)?;
     let cut = &repaired.cut;
     cut.warnings.iter().for_each(|w| talk.warn(w));
     let sliced = &cut.sliced;
     let got = pipeline::before_after(&model, sliced)?;
     {
         let _guard = interrupt::writing();
-        onnx::save(&sliced.graph, &args.out, overwrite)?;
+        let belongs = || origin.map_or(Ok(()), |origin| origin.check(&args.plan, &plan));
+        onnx::save_if(&sliced.graph, &args.out, overwrite, belongs)?;
         pipeline::check_written(&args.out)?;
         if !is_own_plan || cut.plan != plan {
             write_plan(&plan_out, &cut.plan, onnx::Overwrite::Force)?;
@@ -149,8 +150,8 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     Ok(Verdict::Done)
 }
 
-/// Cuts; looks at images where the basis or a repair needs them.
-fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<Repaired, Failure> {
+/// Cuts; looks at images where the basis or a repair needs them. Where the model's hash is still being found, that comes too.
+fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<(Repaired, Option<Origin>), Failure> {
     let basis = match args.basis {
         Some(word) => word.into(),
         None if plan.basis == "rotated" => BasisChoice::Auto,
@@ -161,7 +162,8 @@ fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<Repaired,
             let message = "--data and --run: say what for: --compensate, --basis auto or --basis rotated";
             return Err(Failure::bad("V0003", None, message));
         }
-        return Ok(pipeline::cut(model, &args.plan, plan, args.weights.as_deref(), args.exact)?.into());
+        let (cut, origin) = pipeline::cut_early(model, &args.plan, plan, args.weights.as_deref(), args.exact)?;
+        return Ok((cut.into(), Some(origin)));
     }
     if !args.images.is_given() {
         let why = if args.compensate { "--compensate" } else { "the rotated basis" };
@@ -179,5 +181,5 @@ fn cut(args: &Args, model: &Model, plan: &Plan, talk: &Talk) -> Result<Repaired,
         is_exact: args.exact,
         images: args.images.ask(&opened, basis),
     };
-    looked_at(talk, |tell, stop| pipeline::cut_repaired(model, &ask, tell, stop))
+    Ok((looked_at(talk, |tell, stop| pipeline::cut_repaired(model, &ask, tell, stop))?, None))
 }

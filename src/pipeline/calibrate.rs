@@ -315,6 +315,12 @@ fn statistics(
     let found = stats::collect(&job, &mut |p| tell(Calibrating::Statistics(p.images, p.of)), stop).map_err(failed)?;
     if let Some(file) = &file {
         found.write(file, &base.graph, probes).map_err(failed)?;
+        // Curves of other statistics are of other bases and repairs.
+        let others = file.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+        let is_curves = |name: &str| name.starts_with("curves-") && name.ends_with(".json");
+        for other in others.filter(|f| f.file_name().to_str().is_some_and(is_curves)) {
+            std::fs::remove_file(other.path()).map_err(|e| Error::unsuitable(&other.path(), e.to_string()))?;
+        }
     }
     Ok(found)
 }

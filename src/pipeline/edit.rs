@@ -13,7 +13,8 @@ use crate::plan::{Edited, Kept, Plan, Split, SplitUse, Weights};
 use crate::search::{self, Run};
 use crate::slice::Sliced;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 /// What a plan is applied to: the model, or the model with merged constants taken apart.
 pub(super) enum Base<'a> {
@@ -66,15 +67,40 @@ pub struct Cut {
 /// Applies a plan to the model's own weights, or to those of a run with its gates folded in. Savings that change no output are made where
 /// the plan has some, or where they are asked for here.
 pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>, is_exact: bool) -> Result<Cut, Error> {
-    // The file is read once more for its hash, which takes as long as cutting.
-    let (found, cut) = std::thread::scope(|scope| {
-        let hash = scope.spawn(|| model.sha256());
-        let cut = cut_fitting(model, plan_path, plan, run, is_exact);
-        (hash.join(), cut)
-    });
-    let found = found.map_err(|_| Error::unsuitable(&model.path, "cannot be hashed".to_string()))??;
-    plan.check_model(plan_path, &found)?;
-    cut
+    let (cut, origin) = cut_early(model, plan_path, plan, run, is_exact)?;
+    origin.check(plan_path, plan)?;
+    Ok(cut)
+}
+
+/// As [`cut`], before it is known whether the plan belongs to the model: nothing may come of the result until
+/// [`Origin::check`] says so. The file is read once more for its hash, which takes as long as cutting and writing.
+pub fn cut_early(
+    model: &Model,
+    plan_path: &Path,
+    plan: &Plan,
+    run: Option<&Path>,
+    is_exact: bool,
+) -> Result<(Cut, Origin), Error> {
+    let path = model.path.clone();
+    let origin = Origin { model: path.clone(), hash: std::thread::spawn(move || onnx::sha256_of_file(&path)) };
+    match cut_fitting(model, plan_path, plan, run, is_exact) {
+        Ok(cut) => Ok((cut, origin)),
+        Err(error) => origin.check(plan_path, plan).and(Err(error)),
+    }
+}
+
+/// The hash of a model's file while it is being found.
+pub struct Origin {
+    model: PathBuf,
+    hash: JoinHandle<Result<String, onnx::Error>>,
+}
+
+impl Origin {
+    /// Waits for the hash. Errors: the plan is of another model; the file cannot be read.
+    pub fn check(self, plan_path: &Path, plan: &Plan) -> Result<(), Error> {
+        let found = self.hash.join().map_err(|_| Error::unsuitable(&self.model, "cannot be hashed".to_string()))??;
+        Ok(plan.check_model(plan_path, &found)?)
+    }
 }
 
 /// As [`cut`], of a plan that may belong to another model.
