@@ -9,12 +9,13 @@ mod edit;
 mod error;
 mod measure;
 mod proof;
+mod sequential;
 pub mod slim;
 mod train;
 
 pub use allocate::{CurveTime, Repaired, cut_calibrated, cut_trained};
 pub use augment::{AugmentAsk, augment};
-pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate};
+pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
 use edit::Base;
 pub use edit::{Cut, cut, read_run, record_trained};

@@ -1,6 +1,6 @@
 //! Flags of commands that look at images without training.
 
-use crate::pipeline::BasisChoice;
+use crate::pipeline::{BasisChoice, Compensation};
 use clap::builder::TypedValueParser;
 
 /// In which basis dims of heads are cut.
@@ -44,11 +44,18 @@ pub(super) struct RepairArgs {
     /// Whether the weights behind a cut make up for it
     #[arg(long, value_enum, default_value_t = Switch::On)]
     compensate: Switch,
+    /// Whether layers are repaired one after the other, each behind what was already cut; off is faster
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    sequential: Switch,
 }
 
 impl RepairArgs {
-    /// Whether layers are repaired.
-    pub(super) fn is_on(&self) -> bool {
-        self.compensate == Switch::On
+    /// How layers are repaired.
+    pub(super) fn how(&self) -> Compensation {
+        match (self.compensate, self.sequential) {
+            (Switch::Off, _) => Compensation::Off,
+            (Switch::On, Switch::Off) => Compensation::AtOnce,
+            (Switch::On, Switch::On) => Compensation::InOrder,
+        }
     }
 }

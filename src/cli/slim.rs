@@ -150,7 +150,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         repair: Repairing {
             images: args.repair.images,
             basis: args.repair.basis.into(),
-            is_on: args.repair.is_on(),
+            how: args.repair.how(),
             curves: CurveTime { seconds: f64::from(args.curve_time), images: args.repair.images },
         },
         config,

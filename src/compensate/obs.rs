@@ -33,6 +33,8 @@ pub fn order(rows: Rows<'_>, weight: &Mat<f64>, parts: &[Vec<usize>], has_bias: 
     });
     let mut a = c.llt(Side::Lower).ok()?.inverse();
     let mut w = weight.clone();
+    let mut parts = parts.to_vec();
+    let mut gone = vec![false; n];
     let mut left: Vec<usize> = (0..parts.len()).collect();
     let mut order = Order { parts: Vec::with_capacity(parts.len()), errors: Vec::with_capacity(parts.len()) };
     let mut error = 0.0;
@@ -52,8 +54,26 @@ pub fn order(rows: Rows<'_>, weight: &Mat<f64>, parts: &[Vec<usize>], has_bias: 
             order.errors.push(before + (error - before) * (i + 1) as f64 / chosen.len() as f64);
         }
         left.retain(|p| !chosen.contains(p));
+        together.iter().for_each(|f| gone[*f] = true);
+        if 4 * gone.iter().filter(|g| **g).count() > gone.len() {
+            shrink(&mut a, &mut w, &mut parts, &mut gone);
+        }
     }
     Some(order)
+}
+
+/// Drops the rows and columns of features that are gone: what is left of the work gets smaller.
+fn shrink(a: &mut Mat<f64>, w: &mut Mat<f64>, parts: &mut [Vec<usize>], gone: &mut Vec<bool>) {
+    let there: Vec<usize> = (0..gone.len()).filter(|f| !gone[*f]).collect();
+    let mut place = vec![0; gone.len()];
+    there.iter().enumerate().for_each(|(new, old)| place[*old] = new);
+    *a = Mat::from_fn(there.len(), there.len(), |i, j| a[(there[i], there[j])]);
+    *w = Mat::from_fn(there.len(), w.ncols(), |i, o| w[(there[i], o)]);
+    for part in parts.iter_mut() {
+        part.retain(|f| !gone[*f]);
+        part.iter_mut().for_each(|f| *f = place[*f]);
+    }
+    *gone = vec![false; there.len()];
 }
 
 /// `tr(W_J^T (A_JJ)^-1 W_J)`.

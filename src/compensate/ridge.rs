@@ -29,7 +29,7 @@ const RIDGE_FIRST: f64 = 1e-4;
 /// Beyond this share there is nothing left of the fit.
 const RIDGE_LAST: f64 = 1e4;
 /// The largest weight may grow this many times.
-const GROWTH_MAX: f64 = 10.0;
+pub(super) const GROWTH_MAX: f64 = 10.0;
 
 /// The weight without the removed rows, nothing made up for.
 pub fn plain(weight: &Mat<f64>, stays: &[bool]) -> Refit {

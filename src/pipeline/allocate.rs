@@ -1,6 +1,6 @@
 //! What cuts cost: the loss of every group at several widths, measured with the group cut and repaired.
 
-use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, calibrate_from};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate_from, on_all_cores};
 use super::edit::{Cut, changed, edited, splits_between, trained};
 use super::{Error, Model, analyse, class_output};
 use crate::anatomy::{Group, Kind};
@@ -22,14 +22,14 @@ pub struct CurveTime {
     pub images: usize,
 }
 
-/// Shares of a head's dims, or of an MLP's units, at which losses are measured.
-const LEVELS: [f64; 8] = [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625];
+/// Shares of a head's dims, or of an MLP's units, at which losses are measured; beside these, one alone.
+const LEVELS: [f64; 7] = [0.875, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625];
 
 /// Widths of a group that are tried, falling: bundles that stay of each head.
 fn levels(group: &Group) -> Vec<usize> {
     let all = bundles(group);
-    let counts: BTreeSet<usize> =
-        LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1)).filter(|n| *n < all).collect();
+    let shares = LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1));
+    let counts: BTreeSet<usize> = shares.chain([1]).filter(|n| *n < all).collect();
     counts.into_iter().rev().collect()
 }
 
@@ -82,7 +82,7 @@ impl Calibration {
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
         let settings =
             curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
-        let span = curves::Time { sites: groups.len(), trials: LEVELS.len(), seconds: time.seconds, at_most: time.images };
+        let span = curves::Time { sites: groups.len(), trials: LEVELS.len() + 1, seconds: time.seconds, at_most: time.images };
         let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
         let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
         let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
@@ -123,9 +123,8 @@ impl Calibration {
     /// The group cut to each width and repaired, as edits of constants.
     fn trials(&self, group: &Group) -> Vec<(usize, Trial)> {
         let scores = &self.scores.groups[&group.id];
-        let mut trials = Vec::new();
-        for count in levels(group) {
-            let units = best(group, scores, count);
+        on_all_cores(&levels(group), |count| {
+            let units = best(group, scores, *count);
             let kept = Kept::from([(group.id.clone(), units.clone())]);
             let mut edits: BTreeMap<ValueId, Tensor> = BTreeMap::new();
             for layer in &self.layers {
@@ -136,13 +135,12 @@ impl Calibration {
             if edits.is_empty() {
                 edits = self.zeroed(group, &units);
             }
-            trials.push((units.len(), Trial { edits: edits.into_iter().collect() }));
-        }
-        trials
+            (units.len(), Trial { edits: edits.into_iter().collect() })
+        })
     }
 
     /// The weights of a group with the positions of units that go zeroed.
-    fn zeroed(&self, group: &Group, kept: &[usize]) -> BTreeMap<ValueId, Tensor> {
+    pub(super) fn zeroed(&self, group: &Group, kept: &[usize]) -> BTreeMap<ValueId, Tensor> {
         let base = &self.base;
         let width = group.stored.len();
         let class = group.class_size();
@@ -189,16 +187,20 @@ impl From<Cut> for Repaired {
     }
 }
 
-/// Applies a plan to the weights of a calibration, repaired where `is_compensated`.
+/// Applies a plan to the weights of a calibration.
 pub fn cut_calibrated(
     model: &Model,
-    plan_path: &Path,
-    plan: &Plan,
+    (plan_path, plan): (&Path, &Plan),
     calibration: &Calibration,
-    is_compensated: bool,
+    how: Compensation,
+    ask: &CalibrateAsk<'_>,
+    tell: &mut dyn FnMut(Calibrating),
+    stop: &AtomicBool,
 ) -> Result<Repaired, Error> {
     let plan = Plan { weights: None, ..plan.clone() };
-    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, is_compensated)
+    check(model, plan_path, &plan)?;
+    let weights = calibration.weights(model, &plan.kept(), how, ask, tell, stop)?;
+    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, weights)
 }
 
 /// Applies a plan to the weights of a run, its gates multiplied in, repaired by what images say of them.
@@ -206,19 +208,27 @@ pub fn cut_trained(
     model: &Model,
     (plan_path, plan): (&Path, &Plan),
     run: &Path,
+    how: Compensation,
     ask: &CalibrateAsk<'_>,
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
 ) -> Result<Repaired, Error> {
+    check(model, plan_path, plan)?;
     let trained = trained(model, run, &plan.kept())?;
     let base = (&trained.base.graph, &trained.base.facts, &trained.base.anatomy);
     // The search chose dims of the model's own basis.
     let ask = CalibrateAsk { basis: BasisChoice::Original, ..*ask };
     let calibration = calibrate_from(model, base, &ask, tell, stop)?;
     let plan = Plan { weights: Some(trained.weights), ..plan.clone() };
-    let mut repaired = cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, true)?;
+    let weights = calibration.weights(model, &plan.kept(), how, &ask, tell, stop)?;
+    let mut repaired = cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, weights)?;
     repaired.cut.warnings = trained.warnings;
     Ok(repaired)
+}
+
+fn check(model: &Model, plan_path: &Path, plan: &Plan) -> Result<(), Error> {
+    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
+    super::edit::check_elements(model, &plan.kept())
 }
 
 /// `start` is the graph that was calibrated, with why its constants differ from the model's.
@@ -228,12 +238,8 @@ fn cut_edited(
     mut plan: Plan,
     (start, mut why): (&Graph, Vec<(String, &'static str)>),
     calibration: &Calibration,
-    is_compensated: bool,
+    (graph, repairs): (Graph, Vec<Repair>),
 ) -> Result<Repaired, Error> {
-    plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
-    let kept = plan.kept();
-    super::edit::check_elements(model, &kept)?;
-    let (graph, repairs) = if is_compensated { calibration.repair(&kept) } else { (calibration.base.graph.clone(), Vec::new()) };
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
     plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();
     why.extend(changed(start, &calibration.base.graph, &plan.split, "rotated"));
@@ -241,7 +247,7 @@ fn cut_edited(
     plan.edited = edited(why);
     let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };
     let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
-    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse)
+    let sliced = slice::apply(&graph, &facts, &anatomy, &plan.kept(), &analyse)
         .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
     Ok(Repaired { cut: Cut { sliced, plan, warnings: Vec::new() }, repairs })
 }

@@ -18,7 +18,7 @@ use crate::stats::{self, Probe, Stats, StatsError};
 use faer::Mat;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// In which basis dims of heads are cut.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,18 @@ pub enum BasisChoice {
     Rotated,
     /// That of the model.
     Original,
+}
+
+/// How what stays makes up for what goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compensation {
+    /// Not at all.
+    Off,
+    /// Every layer by what the model as it was says of it.
+    AtOnce,
+    /// Layer by layer over the depth, by what each gets from the layers before it once they were cut and repaired.
+    #[default]
+    InOrder,
 }
 
 /// What is asked of a calibration.
@@ -60,6 +72,8 @@ pub enum Calibrating {
     Statistics(u64, u64),
     /// Trials measured, and of how many.
     Curves(usize, usize),
+    /// Layers repaired in order, and of how many.
+    Layers(usize, usize),
 }
 
 /// A model that images were shown to.
@@ -130,14 +144,36 @@ pub(super) fn calibrate_from(
         scores.groups.insert(r.group.clone(), b.carried.iter().map(|c| *c as f32).collect());
     }
     let rotated: BTreeSet<String> = bases.into_iter().map(|(r, _)| r.group).collect();
-    for group in base.anatomy.groups.iter().filter(|g| !rotated.contains(&g.id)) {
-        let found = match group.kind {
-            Kind::Qk => energies(group, &found),
-            _ => order(group, &layers),
-        };
-        scores.groups.extend(found.map(|s| (group.id.clone(), s)));
+    let others: Vec<&Group> = base.anatomy.groups.iter().filter(|g| !rotated.contains(&g.id)).collect();
+    let orders = on_all_cores(&others, |group| match group.kind {
+        Kind::Qk => energies(group, &found),
+        _ => order(group, &layers),
+    });
+    for (group, order) in others.iter().zip(orders) {
+        scores.groups.extend(order.map(|s| (group.id.clone(), s)));
     }
     Ok(Calibration { base, layers, scores, rotated, refused, images: found.images })
+}
+
+/// What `f` gives for each item, in their order, on as many threads as the process may use.
+pub(super) fn on_all_cores<T: Sync, R: Send>(items: &[T], f: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut done = Vec::new();
+        while let Some((n, item)) = Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|n| Some((n, items.get(n)?))) {
+            done.push((n, f(item)));
+        }
+        done
+    };
+    let mut all: Vec<(usize, R)> = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut all = work();
+        all.extend(others.into_iter().flat_map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))));
+        all
+    });
+    all.sort_by_key(|(n, _)| *n);
+    all.into_iter().map(|(_, r)| r).collect()
 }
 
 /// The model in which every consumer has a bias of its own: merged ones are taken apart, so that one can be refitted alone.
@@ -216,7 +252,7 @@ fn statistics(
     let sha256 = model.sha256()?;
     let images = ask.images.min(ask.data.len());
     let file = ask.dir.map(|d| d.join("stats.safetensors"));
-    let failed = |cause: StatsError| Error::Stats { file: model.path.clone(), cause: Box::new(cause) };
+    let failed = |cause: StatsError| stats_error(model, cause);
     if let Some(file) = file.as_deref().filter(|f| f.exists()) {
         match Stats::read(file, &sha256, &base.graph, probes) {
             Ok(found) if found.images == images as u64 && found.seed == ask.seed => return Ok(found),
@@ -242,6 +278,10 @@ fn statistics(
         found.write(file, &base.graph, probes).map_err(failed)?;
     }
     Ok(found)
+}
+
+pub(super) fn stats_error(model: &Model, cause: StatsError) -> Error {
+    Error::Stats { file: model.path.clone(), cause: Box::new(cause) }
 }
 
 /// Positions of a head in a site: one list per head of the group and per query head that shares its keys.
@@ -454,6 +494,23 @@ fn order(group: &Group, layers: &[Layer]) -> Option<Vec<f32>> {
 }
 
 impl Calibration {
+    /// The model at full width with the weights to be cut.
+    pub(super) fn weights(
+        &self,
+        model: &Model,
+        kept: &Kept,
+        how: Compensation,
+        ask: &CalibrateAsk<'_>,
+        tell: &mut dyn FnMut(Calibrating),
+        stop: &AtomicBool,
+    ) -> Result<(Graph, Vec<Repair>), Error> {
+        match how {
+            Compensation::Off => Ok((self.base.graph.clone(), Vec::new())),
+            Compensation::AtOnce => Ok(self.repair(kept)),
+            Compensation::InOrder => self.repair_in_order(model, kept, ask, tell, stop),
+        }
+    }
+
     /// The model at full width with the weights that make up for the units that go, and what that did layer by layer.
     pub fn repair(&self, kept: &Kept) -> (Graph, Vec<Repair>) {
         let mut graph = self.base.graph.clone();

@@ -4,7 +4,7 @@
 //! and is what accuracy is measured on.
 
 use super::allocate::{CurveTime, Repaired, cut_calibrated, cut_trained, losses};
-use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, calibrate};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Compensation, calibrate};
 use super::edit::{Cut, cut, record_trained};
 use super::train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 use super::{Error, Model, ProofData, analyse, before_after, check_not_chance, class_output, make_plan, prove};
@@ -74,8 +74,8 @@ pub struct Repairing {
     pub images: usize,
     /// The basis in which dims of heads are cut.
     pub basis: BasisChoice,
-    /// Whether what stays makes up for what goes.
-    pub is_on: bool,
+    /// How what stays makes up for what goes.
+    pub how: Compensation,
     /// How long the losses of cuts may be measured.
     pub curves: CurveTime,
 }
@@ -183,6 +183,7 @@ impl From<Calibrating> for Event {
         match what {
             Calibrating::Statistics(done, of) => Event::Count("image", count(done), count(of)),
             Calibrating::Curves(done, of) => Event::Count("cut", done, of),
+            Calibrating::Layers(done, of) => Event::Count("layer", done, of),
         }
     }
 }
@@ -297,9 +298,9 @@ impl Slim<'_> {
                 outcome = Some(found);
                 let plan = self.plan(&super::read_run(self.model, run_dir)?.scores())?;
                 tell(Event::Stage("cutting"));
-                match self.repair.is_on {
-                    true => self.repair_trained(&plan, data, run_dir, tell, stop)?,
-                    false => cut(self.model, Path::new("plan"), &plan, Some(run_dir))?.into(),
+                match self.repair.how {
+                    Compensation::Off => cut(self.model, Path::new("plan"), &plan, Some(run_dir))?.into(),
+                    _ => self.repair_trained(&plan, data, run_dir, tell, stop)?,
                 }
             }
             (Some(data), Recipe::OneShot) if !data.train.is_empty() => self.one_shot(data, run_dir, tell, stop)?,
@@ -369,7 +370,8 @@ impl Slim<'_> {
         let Ask::Budget { kinds, .. } = self.ask else {
             let plan = self.plan(&found.scores)?;
             tell(Event::Stage("cutting"));
-            return cut_calibrated(self.model, Path::new("plan"), &plan, &found, self.repair.is_on);
+            let plan = (Path::new("plan"), &plan);
+            return cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop);
         };
         tell(Event::Stage("measuring what cuts lose"));
         let curves = found.curves(self.model, &ask, &self.repair.curves, kinds, &mut |c| tell(c.into()), stop)?;
@@ -377,7 +379,8 @@ impl Slim<'_> {
         let mut plan = make_plan(self.model, &found.scores, self.ask, self.asked, &limits)?;
         plan.seed = self.config.seed;
         tell(Event::Stage("cutting"));
-        cut_calibrated(self.model, Path::new("plan"), &plan, &found, self.repair.is_on)
+        let plan = (Path::new("plan"), &plan);
+        cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
     }
 
     /// Cuts what a search trained, and repairs it.
@@ -390,7 +393,7 @@ impl Slim<'_> {
         stop: &AtomicBool,
     ) -> Result<Repaired, Error> {
         let ask = self.calibration(data, None);
-        cut_trained(self.model, (Path::new("plan"), plan), run_dir, &ask, &mut |c| tell(c.into()), stop)
+        cut_trained(self.model, (Path::new("plan"), plan), run_dir, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
     }
 
     fn tune(&self, graph: &Graph, data: &SlimData, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Finetuned, Error> {
