@@ -134,26 +134,34 @@ impl Bench {
         std::fs::write(self.out.join("runs.json"), serde_json::to_vec_pretty(&self.runs).unwrap()).unwrap();
     }
 
-    /// Rows that neither train nor read a label.
+    /// Rows that neither train nor read a label; those first that say most.
     fn budgets(&mut self, seed: u64) {
-        let scores = self.out.join(format!("fisher-{seed}.safetensors"));
-        for budget in self.budgets.clone() {
-            let (at, some) = (budget.as_str(), Some(seed));
+        let (budgets, some) = (self.budgets.clone(), Some(seed));
+        for at in &budgets {
             let macs = format!("macs={at}");
             self.keep("budgets", report::ONE_SHOT, at, some, |b| b.slim(seed, &["--budget", &macs]));
+        }
+        for at in &budgets {
             let keep = self.uniform(at);
-            self.keep("budgets", "rotation + refit, uniform", at, some, |b| b.slim(seed, &["--keep", &keep]));
+            self.keep("budgets", report::UNIFORM, at, some, |b| b.slim(seed, &["--keep", &keep]));
             let original = ["--keep", &keep, "--basis", "original"];
             self.keep("budgets", "selection + refit, uniform", at, some, |b| b.slim(seed, &original));
-            let original = ["--budget", &macs, "--basis", "original"];
-            self.keep("budgets", "selection + refit, measured", at, some, |b| b.slim(seed, &original));
+        }
+        let scores = self.out.join(format!("fisher-{seed}.safetensors"));
+        for at in &budgets {
+            let macs = format!("macs={at}");
             let fisher = ["--scores", path(&scores), "--budget", &macs];
+            let magnitude = ["--by", "magnitude", "--budget", &macs];
+            self.keep("budgets", report::MAGNITUDE, at, None, |b| b.plan_and_slice(&magnitude, &[]));
             self.keep("budgets", "fisher, no repair", at, some, |b| {
                 b.score("fisher", seed, &scores);
                 b.plan_and_slice(&fisher, &[])
             });
-            let magnitude = ["--by", "magnitude", "--budget", &macs];
-            self.keep("budgets", "magnitude, no repair", at, None, |b| b.plan_and_slice(&magnitude, &[]));
+        }
+        for at in &budgets {
+            let macs = format!("macs={at}");
+            let original = ["--budget", &macs, "--basis", "original"];
+            self.keep("budgets", "selection + refit, measured", at, some, |b| b.slim(seed, &original));
         }
     }
 
@@ -189,13 +197,12 @@ impl Bench {
                     b.plan_and_slice(&energy, &[])
                 });
                 if self.can_repair_slices() && kind != "qk" {
-                    let repair = ["--compensate", "on", "--data", TRAIN, "--images", &self.images.clone()].map(str::to_string);
                     self.keep("ablation", report::ENERGY_REFIT, &at, some, |b| {
                         b.score("activation", seed, &scores);
-                        let mut flags: Vec<&str> = repair.iter().map(String::as_str).collect();
-                        let text = seed.to_string();
-                        flags.extend(["--seed", &text]);
-                        b.plan_and_slice(&energy, &flags)
+                        let seed = seed.to_string();
+                        let repair =
+                            ["--compensate", "--basis", "original", "--data", TRAIN, "--images", &b.images, "--seed", &seed];
+                        b.plan_and_slice(&energy, &repair)
                     });
                 }
                 let magnitude = ["--by", "magnitude", "--keep", &keep];

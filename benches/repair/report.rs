@@ -10,7 +10,7 @@ pub(super) const MAGNITUDE: &str = "magnitude, no repair";
 pub(super) const ENERGY_REFIT: &str = "activation + refit";
 pub(super) const SELECTION: &str = "selection + refit";
 pub(super) const ROTATION: &str = "rotation + refit";
-const UNIFORM: &str = "rotation + refit, uniform";
+pub(super) const UNIFORM: &str = "rotation + refit, uniform";
 /// Of the paper's procedure, as paper.py writes them.
 const PAPER: &str = "paper, masked retraining";
 /// How many points of accuracy one-shot may lose at which share of the MACs.
