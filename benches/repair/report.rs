@@ -242,7 +242,8 @@ fn nowhere_worse(bench: &Bench, all: &All<'_>) -> String {
     let (mut worse, mut pairs) = (Vec::new(), 0);
     for at in &bench.budgets {
         for (part, row) in untrained(all) {
-            let Some((mean, error, n)) = all.paired(at, (part, &row)) else { continue };
+            // One pair has no error to compare with.
+            let Some((mean, error, n)) = all.paired(at, (part, &row)).filter(|(_, _, n)| *n > 1) else { continue };
             pairs += 1;
             if mean > 2.0 * error {
                 worse.push(format!("{row} at {at} (by {} ± {}, n = {n})", short(mean), short(error)));
