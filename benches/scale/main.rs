@@ -1,6 +1,7 @@
 //! What large models cost: `inspect` and `slice` of a ViT-L/16, and how time grows with depth.
 //!
-//! `cargo bench --bench scale [-- --rounds 5 --folder DIR --keep 0.9 --parts large,growth]`; `--parts huge` tries a model beyond 2 GB.
+//! `cargo bench --bench scale [-- --rounds 5 --folder DIR --keep 0.9 --parts large,growth]`; `--parts huge` tries a model beyond 2 GB,
+//! `--parts small,base` the way without training.
 //!
 //! The models are made by vit.rs, without Python. Every command is a process of its own, and those
 //! of one round take turns, so that what else the machine does falls on all of them. Reported is the median with the range over rounds.
@@ -10,10 +11,12 @@
 //! looked at every millisecond; for slice as a ratio to the output's size.
 //! growth: 12, 48 and 192 layers of width 64, seconds per node of `inspect`, `plan` and `slice`, as ratios to those of 12 layers in the
 //! same round, after the time of the smallest model (start-up) was taken off: 1 is linear growth.
+//! small, base: `slim` without training on a ViT-S/16 and a ViT-B/16, see oneshot.rs; they need ONNX Runtime.
 //! huge: 44 layers of the large model, 2.2 GB of external data: inspect, plan, slice, and verify where ONNX Runtime is found.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "it is a program")]
 
+mod oneshot;
 mod vit;
 
 use std::error::Error;
@@ -74,6 +77,8 @@ fn measure(settings: &Settings) -> Result<()> {
             "large" => large(settings, &folder)?,
             "growth" => growth(settings, &folder)?,
             "huge" => huge(settings, &folder)?,
+            "small" => oneshot::one_shot("ViT-S-16", &oneshot::SMALL, &folder)?,
+            "base" => oneshot::one_shot("ViT-B-16", &oneshot::BASE, &folder)?,
             _ => return Err(format!("there is no part {part}").into()),
         }
     }
@@ -224,6 +229,12 @@ fn run(command: &mut Command) -> Result<Usage> {
         std::io::Read::read_to_string(&mut stderr, &mut message)?;
     }
     Err(format!("{command:?}: {ended}: {message}").into())
+}
+
+/// The machine's load over the last minute; 0 where the system does not tell.
+fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0.0)
 }
 
 /// Processor time of all processes that this one has waited for: fields 16 and 17 of /proc/self/stat, in hundredths of a second.
