@@ -1,7 +1,7 @@
 //! Exact savings: equal outputs with less computed, on built graphs, on the network of models/digits, and on every model of the folder
 //! that VITRIM_CORPUS names.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "these are tests")]
 
 #[path = "harness/mod.rs"]
 mod harness;

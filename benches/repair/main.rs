@@ -12,6 +12,7 @@
 
 #![allow(
     clippy::unwrap_used,
+    clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "a benchmark prints, and stops at what is wrong"

@@ -10,7 +10,7 @@ use crate::onnx;
 use crate::pipeline::{self, BasisChoice, CalibrateAsk, Model, ScoreAsk};
 use crate::score::{Criterion, MeasureError, Scores};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Scores that need no images.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -168,7 +168,7 @@ fn measured(
 }
 
 /// Scores by the errors of layers, in the basis of the model.
-fn removals(args: &Args, model: &Model, data_path: &PathBuf, talk: &Talk) -> Result<Scores, Failure> {
+fn removals(args: &Args, model: &Model, data_path: &Path, talk: &Talk) -> Result<Scores, Failure> {
     let session = args.engine.session("cpu")?;
     let data = pipeline::open_data(model, &args.read.choice(data_path))?;
     data.warnings().iter().for_each(|w| talk.warn(w));
