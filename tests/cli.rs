@@ -341,15 +341,6 @@ fn quiet_is_quiet() {
 
 // ---- with ONNX Runtime
 
-/// The variables under which ONNX Runtime is found; `None` where a test has to be left out.
-fn engine() -> Option<[(&'static str, String); 1]> {
-    let found = ort().map(|path| [("VITRIM_ORT_LIB", path)]);
-    if found.is_none() {
-        println!("no ONNX Runtime named by VITRIM_TEST_ORT: not tested");
-    }
-    found
-}
-
 #[test]
 fn a_right_result_verifies_and_a_disturbed_one_does_not() {
     let Some([(name, path)]) = engine() else { return };
@@ -395,20 +386,6 @@ fn bench_measures_two_models_in_turn() {
         (Some("ort"), Some(6), Some(2))
     );
     assert!(m["ratio"]["p50"].as_f64().is_some_and(|r| r > 0.0), "{m}");
-}
-
-/// Archives with the first `n` digits: quick to train on.
-fn few(sandbox: &Sandbox, name: &str, n: usize) {
-    let file = std::fs::File::open(digits("train.npz")).unwrap();
-    let mut archive = zip::ZipArchive::new(file).unwrap();
-    let mut cut = |key: &str, item: usize, dims: &[usize]| {
-        let mut bytes = Vec::new();
-        std::io::Read::read_to_end(&mut archive.by_name(&format!("{key}.npy")).unwrap(), &mut bytes).unwrap();
-        let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
-        npy("|u1", dims, &bytes[header..header + n * item])
-    };
-    let entries = [("input", cut("input", 784, &[n, 1, 28, 28])), ("labels", cut("labels", 1, &[n]))];
-    sandbox.write(name, &npz(&entries));
 }
 
 #[test]
@@ -558,6 +535,10 @@ fn slim_does_it_all_and_a_dry_run_does_nothing() {
         "out.onnx",
         "--budget",
         "macs=0.6",
+        "--recipe",
+        "search+finetune",
+        "--images",
+        "64",
         "--epochs",
         "1",
         "--finetune-epochs",

@@ -217,3 +217,26 @@ pub fn png(side: u32) -> Vec<u8> {
     image::GrayImage::from_pixel(side, side, image::Luma([128])).write_to(&mut out, image::ImageFormat::Png).expect("a PNG");
     out.into_inner()
 }
+
+/// The variables under which ONNX Runtime is found; `None` where a test has to be left out.
+pub fn engine() -> Option<[(&'static str, String); 1]> {
+    let found = ort().map(|path| [("VITRIM_ORT_LIB", path)]);
+    if found.is_none() {
+        println!("no ONNX Runtime named by VITRIM_TEST_ORT: not tested");
+    }
+    found
+}
+
+/// Archives with the first `n` digits: quick to train on.
+pub fn few(sandbox: &Sandbox, name: &str, n: usize) {
+    let file = std::fs::File::open(digits("train.npz")).unwrap();
+    let mut archive = zip::ZipArchive::new(file).unwrap();
+    let mut cut = |key: &str, item: usize, dims: &[usize]| {
+        let mut bytes = Vec::new();
+        std::io::Read::read_to_end(&mut archive.by_name(&format!("{key}.npy")).unwrap(), &mut bytes).unwrap();
+        let header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+        npy("|u1", dims, &bytes[header..header + n * item])
+    };
+    let entries = [("input", cut("input", 784, &[n, 1, 28, 28])), ("labels", cut("labels", 1, &[n]))];
+    sandbox.write(name, &npz(&entries));
+}
