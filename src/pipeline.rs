@@ -8,6 +8,7 @@ mod data;
 mod edit;
 mod error;
 mod measure;
+mod predict;
 mod proof;
 mod sequential;
 pub mod slim;
@@ -21,6 +22,7 @@ use edit::Base;
 pub use edit::{Cut, cut, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
+pub use predict::Predicted;
 pub use proof::{ProofData, prove};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 

@@ -1,5 +1,6 @@
 //! Flags of commands that look at images without training.
 
+use crate::curves::How;
 use crate::pipeline::{BasisChoice, Compensation};
 use clap::builder::TypedValueParser;
 
@@ -20,6 +21,24 @@ impl From<BasisArg> for BasisChoice {
             BasisArg::Auto => BasisChoice::Auto,
             BasisArg::Rotated => BasisChoice::Rotated,
             BasisArg::Original => BasisChoice::Original,
+        }
+    }
+}
+
+/// Where losses of cuts come from.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum CurvesArg {
+    /// The model runs with each group cut and repaired
+    Measured,
+    /// Errors of layers times how much the output feels of them; measured where the model has no such gradient
+    Predicted,
+}
+
+impl From<CurvesArg> for How {
+    fn from(word: CurvesArg) -> Self {
+        match word {
+            CurvesArg::Measured => How::Measured,
+            CurvesArg::Predicted => How::Predicted,
         }
     }
 }
