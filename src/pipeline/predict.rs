@@ -125,9 +125,11 @@ impl Calibration {
         for layer in self.layers.iter().filter(|l| l.consumer.groups.iter().any(|(id, _)| *id == group.id)) {
             let is_same = |c: &&Consumer| c.groups == layer.consumer.groups && c.matrix(graph).as_ref() == Some(layer.weight());
             let there = consumers.iter().find(|c| c.site.at == layer.consumer.site.at && is_same(c));
-            let there = there.or_else(|| consumers.iter().find(is_same)).ok_or_else(|| refused("its layer is written otherwise"))?;
+            let there =
+                there.or_else(|| consumers.iter().find(is_same)).ok_or_else(|| refused("its layer is written otherwise"))?;
             let product = product(graph, there.site.at.node, layer.weight().ncols());
-            felt.products.push(product.ok_or_else(|| refused("its layer's output cannot be told from what is computed with it"))?);
+            felt.products
+                .push(product.ok_or_else(|| refused("its layer's output cannot be told from what is computed with it"))?);
             felt.layers.push(layer);
         }
         // Every place where its units are read must be a layer, or the error of one would go unseen.

@@ -398,7 +398,9 @@ impl Slim<'_> {
             tell(Event::Stage("predicting what cuts lose"));
             match found.predicted(self.model, ask, kinds, &mut |c| tell(c.into()), stop)? {
                 Predicted::Curves(curves) => return Ok(curves),
-                Predicted::Refused(reason) => tell(Event::Note(format!("no curves can be predicted: {reason}; they are measured"))),
+                Predicted::Refused(reason) => {
+                    tell(Event::Note(format!("no curves can be predicted: {reason}; they are measured")))
+                }
             }
         }
         tell(Event::Stage("measuring what cuts lose"));
