@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let scores = score::magnitude(model.graph(), &model.anatomy);
     let ask = Ask::Fractions([(Kind::Mlp, 0.5)].into());
     let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", &Limits::default())?;
-    let sliced = pipeline::cut(&model, &path, &plan, None)?.sliced;
+    let sliced = pipeline::cut(&model, &path, &plan, None, false)?.sliced;
 
     let folder = tempfile::tempdir()?;
     let out = folder.path().join("half-mlp.onnx");

@@ -17,7 +17,7 @@
 //! let scores = score::magnitude(model.graph(), &model.anatomy);
 //! let ask = Ask::Fractions([(vitrim::anatomy::Kind::Mlp, 0.5)].into());
 //! let plan = pipeline::make_plan(&model, &scores, &ask, "mlp=0.5", &Default::default())?;
-//! let sliced = pipeline::cut(&model, path, &plan, None)?.sliced;
+//! let sliced = pipeline::cut(&model, path, &plan, None, false)?.sliced;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -75,6 +75,7 @@ pub mod cost;
 pub mod curves;
 pub mod data;
 pub mod eval;
+pub mod exact;
 pub mod fold;
 pub mod graph;
 pub mod infer;

@@ -7,9 +7,11 @@ mod calibrate;
 mod data;
 mod edit;
 mod error;
+mod exact;
 mod measure;
 mod predict;
 mod proof;
+mod repair;
 mod sequential;
 pub mod slim;
 mod train;
@@ -19,11 +21,12 @@ pub use augment::{AugmentAsk, augment};
 pub use calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate};
 pub use data::{DataChoice, check_not_chance, check_trains, class_output, open_data};
 use edit::Base;
-pub use edit::{Cut, cut, read_run, record_trained};
+pub use edit::{Cut, Origin, cut, cut_early, read_run, record_trained};
 pub use error::Error;
 pub use measure::{ScoreAsk, measured_scores};
 pub use predict::Predicted;
 pub use proof::{ProofData, prove};
+pub use repair::{Measured, RepairAsk, bases, cut_repaired, holds_statistics, read_measured};
 pub use train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 
 use crate::anatomy::{self, Anatomy, Kind};
@@ -139,17 +142,23 @@ pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, limits:
         let group = model.anatomy.groups.iter().find(|g| g.kind == Kind::Token && g.layer == site.layer)?;
         Some((group.id.clone(), site.pinned.iter().copied().collect()))
     }));
-    let costs = cost::Model::new(model.graph(), &model.facts, &model.anatomy, &model.sizes);
+    let saved = if limits.is_exact { exact::saved(model) } else { None };
+    let (graph, facts, anatomy) =
+        saved.as_ref().map_or((model.graph(), &model.facts, &model.anatomy), |s| (&s.graph, &s.facts, &s.anatomy));
+    let costs = cost::Model::new(graph, facts, anatomy, &model.sizes);
     let hollow = model.graph().hollow();
     let mut ask = ask.clone();
     let wanted = targets(&ask);
+    if let (Some(saved), Ask::Budget { targets, .. }) = (&saved, &mut ask) {
+        let (whole, left) = (model.cost(), cost::count(&saved.graph, &saved.facts, &model.sizes));
+        targets.iter_mut().for_each(|(measure, t)| *t = (*t * measure.ratio(&whole, &left)).min(1.0));
+    }
     let mut tries = 0;
     loop {
-        let chosen = plan::choose(&model.anatomy, scores, &ask, &limits, &costs)
+        let chosen = plan::choose(anatomy, scores, &ask, &limits, &costs)
             .map_err(|cause| Error::Choose { file: model.path.clone(), cause })?;
-        let sliced = slice::apply(&hollow, &model.facts, &model.anatomy, &chosen.kept, &analyse)
-            .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
-        let promised = before_after(model, &sliced)?;
+        let made = exact::slice(model, (&hollow, &model.facts, &model.anatomy), &chosen.kept, limits.is_exact)?;
+        let promised = before_after(model, &made.sliced)?;
         // Copies of shared constants are counted here only; what they take must be saved elsewhere.
         let excess = |(measure, target): (&Measure, &f64)| {
             let over = promised.share(*measure)? - target;
@@ -162,7 +171,7 @@ pub fn make_plan(model: &Model, scores: &Scores, ask: &Ask, asked: &str, limits:
             continue;
         }
         let note = budget_note(&wanted, &promised);
-        let mut plan = Plan { layout: limits.layout, ..Plan::empty(&model.sha256()?) };
+        let mut plan = Plan { layout: limits.layout, exact: made.savings, ..Plan::empty(&model.sha256()?) };
         for (id, kept) in chosen.kept {
             let of = model.anatomy.groups.iter().find(|g| g.id == id).map_or(0, anatomy::Group::units);
             plan.groups.insert(id, KeptUnits { kept, of });
@@ -212,12 +221,10 @@ pub fn make_twin(model: &Model, plan_path: &Path, plan: &Plan, from: Option<&Gra
     plan.check(plan_path, &model.sha256()?, &model.anatomy)?;
     let base = Base::of_plan(model, plan_path, plan)?;
     let (graph, facts, anatomy) = base.parts();
-    let mut sliced = slice::apply(graph, facts, anatomy, &plan.kept(), &analyse)
-        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
+    let made = exact::slice(model, base.parts(), &plan.kept(), !plan.exact.is_empty() && from.is_some())?;
     let edited = plan.edited.iter().map(|e| e.initializer.clone()).collect();
-    if let Some(graph) = from {
-        sliced.graph = graph.clone();
-    }
+    let whole = made.put_back(from.unwrap_or(&made.sliced.graph));
+    let sliced = Sliced { graph: whole, ..made.sliced };
     Ok(slice::twin::build(graph, facts, anatomy, &plan.kept(), &sliced, &edited))
 }
 

@@ -80,7 +80,20 @@ fn inspect_has_the_names_of_the_contract() {
     assert_eq!((model["bytes"].as_u64(), model["opsets"]["ai.onnx"].as_i64()), (Some(2_781_142), Some(17)));
     let groups = told["groups"].as_array().unwrap();
     let group = |id: &str| groups.iter().find(|g| g["id"] == id).unwrap();
-    let names = ["basis", "cuts", "heads", "id", "kind", "layer", "macs_per_unit", "params_per_unit", "sites", "units", "width"];
+    let names = [
+        "basis",
+        "basis_reason",
+        "cuts",
+        "heads",
+        "id",
+        "kind",
+        "layer",
+        "macs_per_unit",
+        "params_per_unit",
+        "sites",
+        "units",
+        "width",
+    ];
     for g in groups {
         assert_eq!(keys(g), names);
     }
@@ -194,7 +207,21 @@ fn plan_and_slice_have_the_names_of_the_contract_and_promises_are_kept() {
     let mlp = &plan["groups"]["mlp.0"];
     assert_eq!((mlp["of"].as_u64(), mlp["kept"].as_array().map(Vec::len)), (Some(384), Some(192)));
     let cut = ok(&sandbox.run(&["slice", &model, "--plan", "p.json", "-o", "out.onnx", "--json"]));
-    assert_eq!(keys(&cut), ["budget", "bytes", "cloned", "cuts", "macs", "nodes", "params", "schema_version"]);
+    let names = [
+        "basis",
+        "budget",
+        "bytes",
+        "cloned",
+        "cuts",
+        "exact",
+        "images",
+        "macs",
+        "nodes",
+        "not_repaired",
+        "not_rotated",
+        "params",
+    ];
+    assert_eq!(keys(&cut), [&names[..], &["repairs", "rotated", "schema_version"]].concat());
     assert_eq!(keys(&cut["budget"]), ["asked", "got", "promised"]);
     assert_eq!((cut["budget"]["asked"].as_str(), &cut["budget"]["got"]), (Some(keep), &plan["budget"]["promised"]));
     assert_eq!(&cut["budget"]["promised"], &plan["budget"]["promised"]);

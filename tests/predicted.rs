@@ -103,7 +103,8 @@ fn compare(basis: BasisChoice) -> BTreeMap<(String, u32), f64> {
     let options = Options { inputs: data_inputs(model.graph()), ..Options::default() };
     let data = Dataset::open(Path::new(&digits("train.npz")), &options).unwrap();
     let session = SessionOptions { threads: 2, ..Default::default() };
-    let ask = CalibrateAsk { data: &data, images: 512, basis, batch: 64, seed: 1, output: None, session: &session, dir: None };
+    let ask =
+        CalibrateAsk { data: Some(&data), images: 512, basis, batch: 64, seed: 1, output: None, session: &session, dir: None };
     let found = pipeline::calibrate(&model, &ask, &mut |_| {}, &GO).unwrap();
     let kinds = BTreeSet::from([Kind::Mlp, Kind::Qk, Kind::Vo]);
     let start = std::time::Instant::now();

@@ -28,9 +28,11 @@ const MAY_IMPORT: &[(&str, &str)] = &[
     ("anatomy", "graph ops infer* axes*"),
     ("cost", "graph ops infer* axes* anatomy*"),
     ("score", "graph ops infer* axes* anatomy* autodiff* supernet* data* runtime"),
-    ("plan", "graph infer* axes* anatomy* cost* score*"),
+    ("plan", "graph infer* axes* anatomy* cost* score* exact*"),
     // The result is inferred afresh and compared with what the plan says.
     ("slice", "graph ops infer axes* anatomy* plan*"),
+    // Shortens axes as a cut does, and counts whether that saves.
+    ("exact", "graph ops infer axes* cost slice"),
     ("autodiff", "graph ops infer*"),
     // A training graph is one artefact: gates, losses, gradients and update are put into it in one place.
     ("supernet", "graph ops infer axes* anatomy* autodiff"),
@@ -55,8 +57,10 @@ const MAY_IMPORT: &[(&str, &str)] = &[
 ];
 
 /// Imports beyond that table: file or folder, path, reason.
-const EXCEPTIONS: &[(&str, &str, &str)] =
-    &[("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected")];
+const EXCEPTIONS: &[(&str, &str, &str)] = &[
+    ("anatomy", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
+    ("exact", "axes::depends_on_data", "what is constant is decided once, where relations are collected"),
+];
 
 /// Where names of operators are expected: they are what these files are about.
 const OPERATOR_NAMES: &[&str] = &[
@@ -65,6 +69,7 @@ const OPERATOR_NAMES: &[&str] = &[
     "anatomy/",       // knows attention and pooling by structure: softmax, product, mean
     "supernet/",      // rewrites, and writes out fused attention
     "fold/",          // follows a gate back to a weight that can take it
+    "exact/",         // knows attention by structure, and which operators count positions
     "basis/",         // knows products of queries and keys, and of values, by structure
     "autodiff/",      // losses and updates are made of nodes; the table of CUDA kernels
 ];

@@ -350,7 +350,7 @@ fn a_sliced_model_equals_its_twin() {
         plan.groups.insert(group.id.clone(), KeptUnits { kept: (0..group.units()).step_by(2).collect(), of: group.units() });
     }
     assert!(!plan.groups.is_empty());
-    let sliced = pipeline::cut(&model, &path, &plan, None).unwrap().sliced;
+    let sliced = pipeline::cut(&model, &path, &plan, None, false).unwrap().sliced;
     let twin = pipeline::make_twin(&model, &path, &plan, None).unwrap();
     let verdict = verify(model.graph(), &twin, &sliced.graph, &settings(engines())).unwrap();
     assert_eq!(verdict.pass, !engines().is_empty(), "{verdict:?}");

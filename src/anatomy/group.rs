@@ -233,11 +233,14 @@ pub(super) fn of_tokens(site: &super::TokenSite) -> Group {
 
 /// Gives groups their names: per kind in the order of layers; several of a kind in a layer get a letter.
 pub(super) fn number(groups: &mut [Group]) {
-    let keys: Vec<(Kind, usize)> = groups.iter().map(|g| (g.kind, g.layer)).collect();
-    for (i, group) in groups.iter_mut().enumerate() {
-        let twins = keys.iter().filter(|k| **k == keys[i]).count();
-        let nth = keys[..i].iter().filter(|k| **k == keys[i]).count();
-        let letter = if twins > 1 { format!("{}", (b'a' + u8::try_from(nth % 26).unwrap_or(0)) as char) } else { String::new() };
+    let mut twins: BTreeMap<(Kind, usize), (usize, usize)> = BTreeMap::new();
+    for group in groups.iter() {
+        twins.entry((group.kind, group.layer)).or_default().1 += 1;
+    }
+    for group in groups {
+        let (next, count) = twins.entry((group.kind, group.layer)).or_default();
+        let nth = std::mem::replace(next, *next + 1);
+        let letter = if *count > 1 { format!("{}", (b'a' + u8::try_from(nth % 26).unwrap_or(0)) as char) } else { String::new() };
         group.id = format!("{}.{}{letter}", group.kind.as_str(), group.layer);
     }
 }
@@ -392,18 +395,10 @@ fn cuts_of(axes: &Axes, leaf: ClassId, aside: &BTreeSet<CarrierId>) -> Vec<Cut> 
 
 /// Carriers of the class that are contracted away: the weights behind it.
 fn contracted(axes: &Axes, class: &Class) -> BTreeSet<AxisOf> {
-    class
-        .members
-        .iter()
-        .filter(|m| axes.carriers()[m.carrier].constant)
-        .map(|m| (m.carrier, m.axis))
-        .filter(|at| {
-            class
-                .sinks
-                .iter()
-                .any(|s| [Some(s.a), s.b].into_iter().flatten().any(|(slot, axis)| axes.is_at(s.node, slot, axis, *at)))
-        })
-        .collect()
+    let sides = class.sinks.iter().flat_map(|s| std::iter::once(s.a).chain(s.b).map(move |side| (s.node, side)));
+    let ends: BTreeSet<AxisOf> = sides.filter_map(|(node, (slot, axis))| Some((axes.carrier_read(node, slot)?, axis))).collect();
+    let weights = class.members.iter().filter(|m| axes.carriers()[m.carrier].constant).map(|m| (m.carrier, m.axis));
+    weights.filter(|at| ends.contains(at)).collect()
 }
 
 /// Whether the class starts in a constant: occurs on an axis of one that is not contracted away.

@@ -91,14 +91,13 @@ impl Axes {
         self.collected.carrier(graph, node, slot)
     }
 
-    /// Whether `axis` of the value at a slot of a node is the axis `at`.
-    pub fn is_at(&self, node: NodeId, slot: Slot, axis: usize, at: AxisOf) -> bool {
-        let carrier = match slot {
+    /// The carrier that a node reads or has inside itself at a slot.
+    pub fn carrier_read(&self, node: NodeId, slot: Slot) -> Option<CarrierId> {
+        match slot {
             Slot::In(i) => self.collected.inputs[node].get(i).copied().flatten(),
             Slot::Virtual(v) => Some(self.collected.virtuals[node] + v),
             Slot::Out(_) => None,
-        };
-        carrier == Some(at.0) && axis == at.1
+        }
     }
 
     /// The parts of a node that computes the whole of attention.

@@ -71,11 +71,14 @@ impl Partition {
 
     /// Refines the labels of one factor; says whether they changed.
     fn refine(&mut self, factor: usize, new: Vec<u32>) -> bool {
-        if self.dead[factor] {
+        // Most labels come back to where they came from.
+        if self.dead[factor] || self.labels[factor].as_ref() == Some(&new) {
             return false;
         }
-        let old = self.labels[factor].clone().unwrap_or_else(|| vec![0; new.len()]);
-        let merged = canonical(old.iter().zip(&new));
+        let merged = match &self.labels[factor] {
+            Some(old) => canonical(old.iter().zip(&new)),
+            None => canonical(new.iter()),
+        };
         let count = merged.iter().max().map_or(1, |m| *m as usize + 1);
         if count == self.cell_count(factor) {
             return false;

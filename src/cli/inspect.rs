@@ -56,7 +56,8 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
     let opsets: BTreeMap<&str, i64> =
         graph.opsets().iter().map(|(d, v)| (if d.is_empty() { "ai.onnx" } else { d.as_str() }, *v)).collect();
     let cost = model.cost();
-    let groups: Vec<Value> = model.anatomy.groups.iter().zip(costs).map(|(g, c)| group_json(model, g, c)).collect();
+    let bases = pipeline::bases(model);
+    let groups: Vec<Value> = model.anatomy.groups.iter().zip(costs).map(|(g, c)| group_json(model, g, c, &bases)).collect();
     let refused: Vec<Value> = model
         .anatomy
         .refused
@@ -80,7 +81,8 @@ fn report(model: &Model, costs: &[GroupCost]) -> Value {
     })
 }
 
-fn group_json(model: &Model, group: &Group, cost: &GroupCost) -> Value {
+fn group_json(model: &Model, group: &Group, cost: &GroupCost, bases: &BTreeMap<String, Result<(), String>>) -> Value {
+    let basis = bases.get(&group.id);
     let graph = model.graph();
     let sites: Vec<String> = group.sites.iter().map(|s| graph.label(s.at.node)).collect();
     let cuts: Vec<Value> =
@@ -96,7 +98,8 @@ fn group_json(model: &Model, group: &Group, cost: &GroupCost) -> Value {
         "macs_per_unit": cost.macs_per_unit,
         "sites": sites,
         "cuts": cuts,
-        "basis": "original",
+        "basis": if matches!(basis, Some(Ok(()))) { "rotated" } else { "original" },
+        "basis_reason": basis.and_then(|b| b.as_ref().err()),
     })
 }
 

@@ -1,17 +1,18 @@
 //! `vitrim plan`: scores and a budget to the units that stay.
 
 use super::failure::Failure;
-use super::options::{ForceArgs, SizeArgs, budget, kind_widths, kinds, unit_fractions};
+use super::options::{EngineArgs, ForceArgs, SizeArgs, budget, kind_widths, kinds, unit_fractions};
+use super::repair::{BasisArg, looked_at};
 use super::score::By;
 use super::slice::write_plan;
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json};
 use crate::anatomy::Kind;
 use crate::onnx;
-use crate::pipeline::{self, Model};
+use crate::pipeline::{self, CalibrateAsk, Measured, Model};
 use crate::plan::{Ask, Layout, Limits, Measure, Plan, Promised};
 use crate::score::Scores;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Kinds that a budget may cut.
 pub(super) const KINDS: &str = "mlp,qk,vo,channel";
@@ -72,7 +73,7 @@ pub(super) struct Args {
     /// Score units from a file
     #[arg(long)]
     scores: Option<PathBuf>,
-    /// Score units by the gates of a run
+    /// Score units by the gates of a search, or by what a one-shot job measured
     #[arg(long, value_name = "DIR")]
     run: Option<PathBuf>,
     /// Fraction of the units of each kind, or of one group, to keep, e.g. mlp=0.5,qk=0.5,vo=0.75,qk.3=1
@@ -98,6 +99,11 @@ pub(super) struct Args {
     /// Print the plan as one JSON object
     #[arg(long)]
     pub(super) json: bool,
+    /// With --run of a one-shot job: in which basis dims of heads are cut
+    #[arg(long, value_enum, default_value_t = BasisArg::Auto)]
+    basis: BasisArg,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     sizes: SizeArgs,
     #[command(flatten)]
@@ -111,13 +117,28 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     let model = pipeline::load(&args.model, &args.sizes.sizes()?)?;
     model.loaded.warnings.iter().for_each(|w| talk.warn(w));
     onnx::check_output(&args.out, &model.loaded.files, args.force.overwrite())?;
-    let scores = scores(args, &model)?;
+    let mut limits = args.widths.limits(&model, args.layout.into())?;
+    let measured = match &args.run {
+        Some(dir) if pipeline::holds_statistics(dir) => Some(measured(args, &model, dir, talk)?),
+        _ => None,
+    };
+    let is_rotated = measured.as_ref().is_some_and(|m| m.is_rotated);
+    let scores = match measured {
+        Some(found) => {
+            limits.losses = found.losses.filter(|_| args.budget.is_some());
+            found.scores
+        }
+        None => scores(args, &model)?,
+    };
     if let (Ask::Budget { kinds, .. }, None, Some(_)) = (&mut ask, &args.kinds, &args.run) {
         // Scores of tokens can be compared with others only where both were searched.
         kinds.extend(scores.groups.keys().any(|id| id.starts_with(Kind::Token.as_str())).then_some(Kind::Token));
     }
-    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, &args.widths.limits(&model, args.layout.into())?)?;
+    let mut plan = pipeline::make_plan(&model, &scores, &ask, &asked, &limits)?;
     plan.seed = args.seed;
+    if is_rotated {
+        plan.basis = "rotated".to_string();
+    }
     {
         let _guard = interrupt::writing();
         write_plan(&args.out, &plan, args.force.overwrite())?;
@@ -180,4 +201,22 @@ fn scores(args: &Args, model: &Model) -> Result<Scores, Failure> {
         (None, None, Some(dir)) => Ok(pipeline::read_run(model, dir)?.scores()),
         (None, None, None) => Err(Failure::internal("one source of scores is required")),
     }
+}
+
+/// What a one-shot job left in its run directory; no image is looked at again.
+fn measured(args: &Args, model: &Model, dir: &Path, talk: &Talk) -> Result<Measured, Failure> {
+    let session = args.engine.session("cpu")?;
+    args.engine.ready(talk)?;
+    let (images, batch) = (0, 16);
+    let basis = args.basis.into();
+    let ask = CalibrateAsk { data: None, images, basis, batch, seed: args.seed, output: None, session: &session, dir: Some(dir) };
+    let found = looked_at(talk, |tell, stop| pipeline::read_measured(model, &ask, tell, stop))?;
+    let basis = if found.is_rotated { "rotated" } else { "original" };
+    let curves = match (&found.losses, &args.budget) {
+        (Some(losses), Some(_)) => format!("{} curves", losses.how),
+        (None, Some(_)) => "scores, since it holds no curves".to_string(),
+        (_, None) => "scores".to_string(),
+    };
+    talk.say(format!("{}: by statistics of {} images, {curves}, basis {basis}", dir.display(), found.images));
+    Ok(found)
 }

@@ -2,11 +2,12 @@
 
 use super::failure::Failure;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, kinds};
+use super::repair::looked_at;
 use super::talk::Talk;
 use super::{Verdict, interrupt, print_json};
 use crate::anatomy::Kind;
 use crate::onnx;
-use crate::pipeline::{self, Model, ScoreAsk};
+use crate::pipeline::{self, BasisChoice, CalibrateAsk, Model, ScoreAsk};
 use crate::score::{Criterion, MeasureError, Scores};
 use serde_json::json;
 use std::path::PathBuf;
@@ -32,6 +33,8 @@ enum ScoreBy {
     Taylor,
     /// Size of a unit's activation times the norm of its weights behind it
     Activation,
+    /// What a removal adds to the error of the layer behind, where what stays makes up for it
+    Obs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -44,7 +47,7 @@ pub(super) struct Args {
     /// With fisher: an order of removal in which all units of a group count together
     #[arg(long)]
     block: bool,
-    /// An image folder or an .npz archive, for fisher, taylor and activation; labels are not looked at
+    /// An image folder or an .npz archive, for fisher, taylor, activation and obs; labels are not looked at
     #[arg(long)]
     data: Option<PathBuf>,
     /// Images at most, picked by --seed
@@ -78,6 +81,7 @@ pub(super) struct Args {
 /// Where scores come from.
 enum Source<'a> {
     Weights(By),
+    Removals(&'a PathBuf),
     Images(Criterion, &'a PathBuf),
 }
 
@@ -99,6 +103,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
     }
     let scores = match source {
         Source::Weights(by) => scores(&model, by, args.seed),
+        Source::Removals(data) => removals(args, &model, data, talk)?,
         Source::Images(by, data) => measured(args, &model, (by, data), &wanted, talk)?,
     };
     let scores = Scores { model_sha256: model.sha256()?, ..scores };
@@ -126,6 +131,10 @@ fn source(args: &Args) -> Result<Source<'_>, Failure> {
         ScoreBy::Fisher => Criterion::Fisher,
         ScoreBy::Taylor => Criterion::Taylor,
         ScoreBy::Activation => Criterion::Activation,
+        ScoreBy::Obs => {
+            let missing = "--by obs: needs images: --data FOLDER or FILE.npz, labels or not";
+            return args.data.as_ref().map(Source::Removals).ok_or_else(|| Failure::bad("V0003", None, missing));
+        }
     };
     let missing = || format!("--by {}: needs images: --data FOLDER or FILE.npz, labels or not", by.word());
     args.data.as_ref().map(|data| Source::Images(by, data)).ok_or_else(|| Failure::bad("V0003", None, missing()))
@@ -156,6 +165,26 @@ fn measured(
         }
         found => Ok(found?),
     }
+}
+
+/// Scores by the errors of layers, in the basis of the model.
+fn removals(args: &Args, model: &Model, data_path: &PathBuf, talk: &Talk) -> Result<Scores, Failure> {
+    let session = args.engine.session("cpu")?;
+    let data = pipeline::open_data(model, &args.read.choice(data_path))?;
+    data.warnings().iter().for_each(|w| talk.warn(w));
+    args.engine.ready(talk)?;
+    talk.flush();
+    let ask = CalibrateAsk {
+        data: Some(&data),
+        images: args.images as usize,
+        basis: BasisChoice::Original,
+        batch: args.batch as usize,
+        seed: args.seed,
+        output: args.read.output.as_deref(),
+        session: &session,
+        dir: None,
+    };
+    Ok(looked_at(talk, |tell, stop| pipeline::read_measured(model, &ask, tell, stop))?.scores)
 }
 
 /// The scores that need no file.

@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, fraction, runtimes};
 use super::plan::{WidthArgs, ask, asked_promised_got, promise};
-use super::repair::{CurvesArg, RepairArgs};
+use super::repair::{CurvesArg, RepairArgs, Switch};
 use super::slice::{plan_path, write_plan};
 use super::talk::{Talk, clock};
 use super::train::{GateArgs, StepArgs, finetune_config, search_config};
@@ -16,7 +16,7 @@ use crate::eval::Accuracy;
 use crate::onnx::{self, shown};
 use crate::pipeline::slim::{Ended, Event, Forecast, Recipe, Repairing, Slim, SlimData, Slimmed, default_kinds};
 use crate::pipeline::{self, CurveTime, Model};
-use crate::plan::{Ask, Layout};
+use crate::plan::{Ask, Layout, Limits};
 use crate::runtime::RuntimeName;
 use crate::search::Config;
 use crate::verify::Floors;
@@ -90,6 +90,9 @@ pub(super) struct Args {
     /// Greatest loss of top-1 accuracy, in percentage points
     #[arg(long, value_name = "POINTS")]
     max_drop: Option<f64>,
+    /// Whether what no output depends on is left out, such as all but the class token in the last block
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    exact: Switch,
     /// Print one JSON object
     #[arg(long)]
     pub(super) json: bool,
@@ -146,7 +149,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
         model: &model,
         ask: &ask,
         asked: &asked,
-        limits: args.widths.limits(&model, Layout::Equal)?,
+        limits: Limits { is_exact: args.exact == Switch::On, ..args.widths.limits(&model, Layout::Equal)? },
         recipe,
         data: None,
         output: args.read.output.clone(),
@@ -423,6 +426,7 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         "basis": s.plan.basis,
         "curves": s.plan.budget.allocation.as_ref().map(|a| &a.curves),
         "repairs": s.repairs,
+        "exact": super::slice::exact_json(&s.plan, &s.refused),
         "search": s.search.as_ref().map(|o| json!({ "steps": o.position.step, "loss_task": o.task, "near_zero": o.near_zero })),
         "finetune": s.finetuned.as_ref().map(|f| json!({
             "steps": f.steps,
@@ -484,6 +488,7 @@ fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
     for skipped in s.verdict.skipped.iter().map(|x| (x.runtime, &x.reason)) {
         text += &format!("skipped {}: {}\n", skipped.0, onnx::shown_to(skipped.1, 200));
     }
+    text += &super::slice::exact_text(&s.plan, &s.refused);
     let mut engines: Vec<String> = s.verdict.checks.iter().map(|c| format!("{} {}", c.runtime, c.version)).collect();
     engines.dedup();
     text + &format!("verified in {}\n{}\n", engines.join(", "), asked_promised_got(&s.plan, &s.cost).1)

@@ -39,10 +39,10 @@ pub struct ConsumerError {
     pub reason: String,
 }
 
-/// The consumers of all `mlp` and `vo` groups, in the order of the graph, and what has none.
+/// The consumers of all `mlp`, `vo`, `head` and `channel` groups, in the order of the graph, and what has none.
 pub fn consumers(graph: &Graph, facts: &Facts, anatomy: &Anatomy) -> (Vec<Consumer>, Vec<ConsumerError>) {
     let (mut found, mut refused): (Vec<Consumer>, Vec<ConsumerError>) = (Vec::new(), Vec::new());
-    for group in anatomy.groups.iter().filter(|g| matches!(g.kind, Kind::Mlp | Kind::Vo | Kind::Channel)) {
+    for group in anatomy.groups.iter().filter(|g| matches!(g.kind, Kind::Mlp | Kind::Vo | Kind::Head | Kind::Channel)) {
         for site in &group.sites {
             match found.iter_mut().find(|c| c.site.at == site.at && c.site.axes == site.axes) {
                 Some(known) => known.groups.push((group.id.clone(), site.index.clone())),

@@ -25,6 +25,8 @@ pub struct Affine {
     pub weight: Mat<f64>,
     /// The bias; what there was where there is none to fit.
     pub bias: Vec<f64>,
+    /// The share of the mean variance that was added to the diagonal in the fit.
+    pub ridge: f64,
 }
 
 const RIDGE_FIRST: f64 = 1e-4;
@@ -60,7 +62,7 @@ pub fn fit(joint: Joint<'_>, weight: &Mat<f64>, bias: &[f64], stays: &[bool], ha
             }
             let through = |o: usize| kept.iter().map(|f| fitted[(*f, o)] * m.mean[*f]).sum::<f64>();
             let bias = if has_bias { (0..outputs).map(|o| m.mean[n + o] - through(o)).collect() } else { bias.to_vec() };
-            return Some(Affine { weight: fitted, bias });
+            return Some(Affine { weight: fitted, bias, ridge });
         }
         ridge *= 10.0;
     }
@@ -127,7 +129,7 @@ mod tests {
             let y = |i: usize, o: usize| (0..4).map(|f| rows[(i, f)] * layer.weight[(f, o)]).sum::<f64>() + layer.bias[o];
             (0..300).map(|i| (0..3).map(|o| (y(i, o) - rows[(i, 4 + o)]).powi(2)).sum::<f64>()).sum::<f64>() / 300.0
         };
-        let before = Affine { weight: truth.clone(), bias: vec![1.0; 3] };
+        let before = Affine { weight: truth.clone(), bias: vec![1.0; 3], ridge: 0.0 };
         for layer in [&before, &found] {
             assert!((error(joint, layer) - measured(layer)).abs() < 1e-9);
         }

@@ -1,6 +1,7 @@
 //! A consumer with what is known of its rows: how well it does without some of its features.
 
 use super::Consumer;
+use super::feedback::{self, Affine, Joint};
 use super::obs::{self, Order};
 use super::ridge::{self, Refit, Rows};
 use crate::graph::{Graph, Tensor, ValueId};
@@ -108,6 +109,46 @@ impl Layer {
             ridge: if is_refitted { refit.ridge } else { 0.0 },
         };
         Some((if is_refitted { refit } else { plain }, told))
+    }
+
+    /// As [`Layer::repair`], by the moments `[x, Y]` behind layers that were cut before: of the plain cut, the refit by what the model as
+    /// it was says, and the one towards Y, the one that is nearest to Y on rows kept out of the fit. Errors are shares of Y's variance.
+    pub fn repair_behind(
+        &self,
+        graph: &Graph,
+        kept: &BTreeMap<String, Vec<usize>>,
+        behind: &Gathered,
+    ) -> Option<(Refit, Repair)> {
+        let (at_once, mut told) = self.repair(kept)?;
+        let stays = self.consumer.kept(kept);
+        let features = stays.len();
+        let (fit, held) = (Joint { moments: &behind.fit, features }, Joint { moments: &behind.held, features });
+        let outputs = self.weight.ncols();
+        let scale = self.consumer.bias.map_or(1.0, |b| b.scale);
+        let bias: Vec<f64> = self.consumer.bias_values(graph, outputs).iter().map(|b| b / scale).collect();
+        let variance: f64 = (0..outputs).map(|o| behind.held.cov[(features + o, features + o)]).sum();
+        let error = |refit: &Refit| {
+            let bias = bias.iter().zip(&refit.shift).map(|(b, s)| b + s).collect();
+            feedback::error(held, &Affine { weight: refit.weight.clone(), bias, ridge: refit.ridge })
+                / variance.max(f64::MIN_POSITIVE)
+        };
+        let plain = ridge::plain(&self.weight, &stays);
+        let fresh = feedback::fit(fit, &self.weight, &bias, &stays, self.consumer.bias.is_some()).map(|f| {
+            let shift = f.bias.iter().zip(&bias).map(|(new, old)| new - old).collect();
+            Refit { weight: f.weight, shift, ridge: f.ridge }
+        });
+        told.error_plain = error(&plain);
+        let mut best = (told.error_plain, plain);
+        told.is_refitted = false;
+        for refit in std::iter::once(at_once).chain(fresh) {
+            let error = error(&refit);
+            if error < best.0 {
+                best = (error, refit);
+                told.is_refitted = true;
+            }
+        }
+        (told.error, told.ridge) = (best.0, best.1.ridge);
+        Some((best.1, told))
     }
 
     /// The constants with which a graph has a refitted layer.

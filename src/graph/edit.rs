@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 
+use super::elements::Elements;
 use super::id::{Id, NodeId, ValueId};
 use super::model::{Attr, AttrValue, Call, Declared, Graph, Node, Use, Value};
 use super::tensor::Tensor;
@@ -77,7 +78,7 @@ impl Graph {
                 && t.dtype.is_float()
                 && t.element_count() > 4096
             {
-                t.bytes = Bytes::new();
+                t.bytes = Elements::default();
             }
         }
         out

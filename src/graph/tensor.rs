@@ -1,8 +1,9 @@
 //! Constant tensors: an element type, dimensions, and shared little-endian bytes.
 //!
 //! Example: a weight `[48, 144]` of f32 holds 27,648 bytes; [`Tensor::take`] on axis 1 with 96 indices gives `[48, 96]`.
-//! Cloning a tensor shares its bytes; bytes of a mapped file stay mapped until something is cut.
+//! Cloning a tensor shares its bytes; bytes of a mapped file stay mapped, and what is cut of them is gathered when it is looked at.
 
+use super::elements::Elements;
 use bytes::Bytes;
 
 /// Element types of ONNX, `TensorProto.DataType`.
@@ -136,7 +137,7 @@ pub struct Tensor {
     /// Shape; a scalar has none.
     pub dims: Vec<usize>,
     /// The elements.
-    pub bytes: Bytes,
+    pub bytes: Elements,
     /// The elements of a string tensor, whose `bytes` are empty.
     pub strings: Vec<Bytes>,
     /// How it was stored.
@@ -148,7 +149,7 @@ pub struct Tensor {
 impl Tensor {
     /// A tensor of plain elements, to be stored raw.
     pub fn new(dtype: DType, dims: Vec<usize>, bytes: Bytes) -> Self {
-        Self { dtype, dims, bytes, strings: Vec::new(), storage: Storage::Raw, extra: Bytes::new() }
+        Self { dtype, dims, bytes: bytes.into(), strings: Vec::new(), storage: Storage::Raw, extra: Bytes::new() }
     }
 
     /// A float32 tensor.
@@ -235,13 +236,13 @@ impl Tensor {
 
     /// The same shape with other float values, stored in this tensor's floating-point type.
     pub fn with_f32s(&self, values: &[f32]) -> Self {
-        let bytes = match self.dtype {
+        let bytes: Bytes = match self.dtype {
             DType::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
             DType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
             DType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         };
-        Self { bytes, ..self.clone() }
+        Self { bytes: bytes.into(), ..self.clone() }
     }
 
     /// The elements at `indices` along `axis`, in that order.
@@ -260,15 +261,7 @@ impl Tensor {
         } else if self.bytes.is_empty() {
             // A tensor whose elements were left out (`Graph::hollow`): only its shape counts.
         } else if self.dtype.bits().is_multiple_of(8) {
-            let row = inner * self.dtype.bits() / 8;
-            let mut bytes = Vec::with_capacity(outer * indices.len() * row);
-            for o in 0..outer {
-                for i in indices {
-                    let start = (o * old + i) * row;
-                    bytes.extend_from_slice(&self.bytes[start..start + row]);
-                }
-            }
-            out.bytes = bytes.into();
+            out.bytes = self.bytes.take(&self.dims, self.dtype.bits() / 8, axis, indices);
         } else {
             out.bytes = take_packed(&self.bytes, self.dtype.bits(), positions(outer, old, inner, indices)).into();
         }

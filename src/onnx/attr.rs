@@ -10,7 +10,7 @@ use prost::Message;
 use super::body::{param_count, set_fields};
 use super::error::{Cause, shown};
 use super::external::DataFiles;
-use super::tensor::{self, DataFile};
+use super::tensor::{self, Aside};
 use crate::graph::{Attr, AttrValue, Subgraph};
 
 fn kind_name(kind: i32) -> &'static str {
@@ -92,7 +92,7 @@ fn subgraph(body: &GraphProto) -> Subgraph {
 }
 
 /// Encodes an attribute.
-pub(super) fn write(attr: &Attr, data: Option<&mut DataFile>) -> Result<AttributeProto, Cause> {
+pub(super) fn write(attr: &Attr, aside: Option<&mut Aside>) -> Result<AttributeProto, Cause> {
     let broken = |_| Cause::Internal { what: "an attribute does not decode" };
     if let AttrValue::Other(encoded) = &attr.value {
         return AttributeProto::decode(encoded.clone()).map_err(broken);
@@ -115,7 +115,7 @@ pub(super) fn write(attr: &Attr, data: Option<&mut DataFile>) -> Result<Attribut
             kind::STRING
         }
         AttrValue::Tensor(v) => {
-            proto.t = Some(Box::new(tensor::write(v, None, data)?));
+            proto.t = Some(Box::new(tensor::write(v, None, aside)?));
             kind::TENSOR
         }
         AttrValue::Floats(v) => {

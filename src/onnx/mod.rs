@@ -31,5 +31,5 @@ mod write;
 pub use branch::open_branches;
 pub use error::{Cause, Error, shown, shown_to};
 pub use read::{Limits, Loaded, read, read_bytes, read_with};
-pub use save::{Overwrite, bytes_of_file, check_output, data_path, save, sha256_of_file, write_file, write_file_with};
+pub use save::{Overwrite, bytes_of_file, check_output, data_path, save, save_if, sha256_of_file, write_file, write_file_with};
 pub use write::{to_bytes, to_parts};

@@ -15,9 +15,9 @@ use tempfile::NamedTempFile;
 use super::error::{Cause, Error, shown};
 use super::source::Source;
 use super::stream::{self, Pieces};
-use super::tensor::DataFile;
+use super::tensor::{Aside, DataFile};
 use super::write::{PROTO_LIMIT, to_model};
-use crate::graph::{AttrValue, Graph, Storage};
+use crate::graph::Graph;
 
 /// What happens where the output exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +109,18 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
 ///
 /// Errors: as [`check_output`] without inputs; the disk; a graph that cannot be encoded.
 pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Error> {
+    save_if(graph, path, overwrite, || Ok(()))
+}
+
+/// As [`save`], but asks `allowed` when all is written and before it takes its name.
+///
+/// Errors: as [`save`]; what `allowed` says, and then nothing appears.
+pub fn save_if<E: From<Error>>(
+    graph: &Graph,
+    path: &Path,
+    overwrite: Overwrite,
+    allowed: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
     let fail = |cause| Error::new(path, cause);
     check_place(path, overwrite).map_err(fail)?;
     let (model, data) = encode(graph, path, PROTO_LIMIT).map_err(fail)?;
@@ -116,7 +128,11 @@ pub fn save(graph: &Graph, path: &Path, overwrite: Overwrite) -> Result<(), Erro
         let data_path = data_path(path);
         check_place(&data_path, overwrite).map_err(|cause| Error::new(&data_path, cause))?;
     }
-    write(model, data.as_ref(), path, overwrite).map_err(fail)
+    let needs_bytes = u64::try_from(model.len()).unwrap_or(u64::MAX) + data.as_ref().map_or(0, |d| d.len);
+    let failed = |source| fail(not_written(source, needs_bytes));
+    let files = Files::write(model, data.as_ref(), path).map_err(failed)?;
+    allowed()?;
+    Ok(files.place(path, overwrite).map_err(failed)?)
 }
 
 /// Writes any output file the way models are written: complete under its name, or not at all.
@@ -148,50 +164,58 @@ pub fn write_file_with(
 /// The model, and its data file where it has one or would be larger than `limit` bytes without.
 fn encode(graph: &Graph, path: &Path, limit: usize) -> Result<(Pieces, Option<DataFile>), Cause> {
     let location = data_path(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let mut data = has_external(graph).then(|| DataFile::new(location.clone(), false));
-    let mut model = stream::model(to_model(graph, data.as_mut())?);
+    let encoded = |takes_raw| -> Result<_, Cause> {
+        let mut aside = Aside::new(location.clone(), takes_raw);
+        let message = to_model(graph, Some(&mut aside))?;
+        Ok((stream::model(message, &aside.late), aside.file))
+    };
+    let (mut model, mut data) = encoded(false)?;
     if model.len() > limit {
-        data = Some(DataFile::new(location, true));
-        model = stream::model(to_model(graph, data.as_mut())?);
+        (model, data) = encoded(true)?;
     }
     if model.len() > limit {
         return Err(Cause::OutputTooLarge);
     }
-    Ok((model, data.filter(|d| !d.parts.is_empty())))
+    Ok((model, Some(data).filter(|d| !d.parts.is_empty())))
 }
 
-fn write(model: Pieces, data: Option<&DataFile>, path: &Path, overwrite: Overwrite) -> Result<(), Cause> {
-    let model_len = u64::try_from(model.len()).unwrap_or(u64::MAX);
-    let needs_bytes = model_len + data.map_or(0, |d| d.len);
-    let pieces = model.into_list();
-    let put = || -> io::Result<()> {
+fn not_written(source: io::Error, needs_bytes: u64) -> Cause {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Cause::NoSpace { needs_bytes },
+        io::ErrorKind::AlreadyExists => Cause::Exists,
+        _ => Cause::Write { source },
+    }
+}
+
+/// A model and its data, written and flushed, that have no names yet.
+struct Files {
+    model: NamedTempFile,
+    data: Option<NamedTempFile>,
+}
+
+impl Files {
+    fn write(model: Pieces, data: Option<&DataFile>, path: &Path) -> io::Result<Self> {
         let directory = directory_of(path);
-        let data_file = data.map(|d| temporary(&directory, |w| write_data(d, w))).transpose()?;
-        let model_file = temporary(&directory, |w| pieces.iter().try_for_each(|piece| write_bytes(piece, w)))?;
-        if let Some(file) = data_file {
+        let data = data.map(|d| temporary(&directory, |w| write_data(d, w))).transpose()?;
+        let pieces = model.into_list();
+        let model = temporary(&directory, |w| pieces.iter().try_for_each(|piece| piece.write_to(w)))?;
+        Ok(Self { model, data })
+    }
+
+    fn place(self, path: &Path, overwrite: Overwrite) -> io::Result<()> {
+        if let Some(file) = self.data {
             if overwrite == Overwrite::Force && fs::symlink_metadata(path).is_ok() {
                 fs::remove_file(path)?;
             }
             place(file, &data_path(path), overwrite)?;
         }
-        place(model_file, path, overwrite)?;
-        sync_directory(&directory)
-    };
-    put().map_err(|source| match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Cause::NoSpace { needs_bytes },
-        io::ErrorKind::AlreadyExists => Cause::Exists,
-        _ => Cause::Write { source },
-    })
+        place(self.model, path, overwrite)?;
+        sync_directory(&directory_of(path))
+    }
 }
 
-fn has_external(graph: &Graph) -> bool {
-    let attrs = graph.nodes().flat_map(|(_, n)| n.attrs()).filter_map(|a| match &a.value {
-        AttrValue::Tensor(t) => Some(t),
-        _ => None,
-    });
-    let initializers = graph.initializers().iter().filter_map(|v| graph.value(*v).initializer());
-    initializers.chain(attrs).any(|t| t.storage == Storage::External)
-}
+/// Unit: bytes that are gathered before they are written.
+const WRITE_BYTES: usize = 256 << 10;
 
 /// A temporary file in `directory`, written and flushed; it vanishes unless it is placed.
 fn temporary(directory: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<NamedTempFile> {
@@ -200,17 +224,12 @@ fn temporary(directory: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
     let file = builder.tempfile_in(directory)?;
-    let mut writer = BufWriter::new(file.as_file());
+    let mut writer = BufWriter::with_capacity(WRITE_BYTES, file.as_file());
     write(&mut writer)?;
     writer.flush()?;
     drop(writer);
     file.as_file().sync_all()?;
     Ok(file)
-}
-
-/// Writes a MiB at a time: Linux' ext4 takes ten times as long for one call with hundreds of them.
-fn write_bytes(bytes: &[u8], writer: &mut dyn Write) -> io::Result<()> {
-    bytes.chunks(1 << 20).try_for_each(|chunk| writer.write_all(chunk))
 }
 
 fn write_data(data: &DataFile, writer: &mut dyn Write) -> io::Result<()> {
@@ -219,7 +238,7 @@ fn write_data(data: &DataFile, writer: &mut dyn Write) -> io::Result<()> {
     for (offset, bytes) in &data.parts {
         let gap = usize::try_from(offset - at).map_err(io::Error::other)?;
         writer.write_all(&ZEROS[..gap])?; // less than one page, by the alignment
-        write_bytes(bytes, writer)?;
+        bytes.write_to(writer)?;
         at = offset + u64::try_from(bytes.len()).map_err(io::Error::other)?;
     }
     Ok(())

@@ -1,7 +1,10 @@
-//! Encoding a model as a list of pieces, in which large tensors are the bytes that the graph already shares: nothing of them is copied.
+//! Encoding a model as a list of pieces, in which large tensors are the elements that the graph already shares: nothing of them is copied,
+//! or gathered, before it is written.
 //!
 //! Invariant: the pieces one after the other are what prost's `encode` gives (the test compares them).
 
+use super::tensor::Late;
+use crate::graph::Elements;
 use bytes::{BufMut, Bytes};
 use onnx_proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto};
 use prost::Message;
@@ -13,7 +16,7 @@ const LARGE: usize = 4096;
 /// An encoded message.
 #[derive(Debug, Default)]
 pub(super) struct Pieces {
-    list: Vec<Bytes>,
+    list: Vec<Elements>,
     /// What is not in the list yet.
     tail: Vec<u8>,
     len: usize,
@@ -26,7 +29,7 @@ impl Pieces {
     }
 
     /// The pieces in order.
-    pub(super) fn into_list(mut self) -> Vec<Bytes> {
+    pub(super) fn into_list(mut self) -> Vec<Elements> {
         self.cut();
         self.list
     }
@@ -50,7 +53,7 @@ impl Pieces {
         message.encode_raw(&mut self.tail);
     }
 
-    fn bytes(&mut self, bytes: Bytes) {
+    fn bytes(&mut self, bytes: Elements) {
         if bytes.len() < LARGE {
             self.tail.put_slice(&bytes);
         } else {
@@ -74,7 +77,7 @@ impl Pieces {
 
 /// Encodes a model. Each message is its fields before the one that may be large, that field, and the rest, as protobuf's order of
 /// fields has them.
-pub(super) fn model(mut m: ModelProto) -> Pieces {
+pub(super) fn model(mut m: ModelProto, late: &Late) -> Pieces {
     let graph = m.graph.take();
     let before = ModelProto {
         ir_version: m.ir_version.take(),
@@ -88,26 +91,26 @@ pub(super) fn model(mut m: ModelProto) -> Pieces {
     let mut out = Pieces::default();
     out.message(&before);
     if let Some(g) = graph {
-        out.nested(7, self::graph(g));
+        out.nested(7, self::graph(g, late));
     }
     out.message(&m);
     out
 }
 
-fn graph(mut g: GraphProto) -> Pieces {
+fn graph(mut g: GraphProto, late: &Late) -> Pieces {
     let mut out = Pieces::default();
     for n in std::mem::take(&mut g.node) {
-        out.nested(1, node(n));
+        out.nested(1, node(n, late));
     }
     out.message(&GraphProto { name: g.name.take(), ..GraphProto::default() });
     for t in std::mem::take(&mut g.initializer) {
-        out.nested(5, tensor(t));
+        out.nested(5, tensor(t, late));
     }
     out.message(&g);
     out
 }
 
-fn node(mut n: NodeProto) -> Pieces {
+fn node(mut n: NodeProto, late: &Late) -> Pieces {
     let attributes = std::mem::take(&mut n.attribute);
     let before = NodeProto {
         input: std::mem::take(&mut n.input),
@@ -119,26 +122,26 @@ fn node(mut n: NodeProto) -> Pieces {
     let mut out = Pieces::default();
     out.message(&before);
     for a in attributes {
-        out.nested(5, attribute(a));
+        out.nested(5, attribute(a, late));
     }
     out.message(&n);
     out
 }
 
-fn attribute(mut a: AttributeProto) -> Pieces {
+fn attribute(mut a: AttributeProto, late: &Late) -> Pieces {
     let held = a.t.take();
     let before = AttributeProto { name: a.name.take(), f: a.f.take(), i: a.i.take(), s: a.s.take(), ..AttributeProto::default() };
     let mut out = Pieces::default();
     out.message(&before);
     if let Some(t) = held {
-        out.nested(5, tensor(*t));
+        out.nested(5, tensor(*t, late));
     }
     out.message(&a);
     out
 }
 
-fn tensor(mut t: TensorProto) -> Pieces {
-    let raw = t.raw_data.take();
+fn tensor(mut t: TensorProto, late: &Late) -> Pieces {
+    let raw = t.raw_data.take().map(|raw| late.elements(raw));
     let before = TensorProto {
         dims: std::mem::take(&mut t.dims),
         data_type: t.data_type.take(),
@@ -166,7 +169,7 @@ mod tests {
     use std::path::Path;
 
     fn same(m: &ModelProto) {
-        let pieces = model(m.clone());
+        let pieces = model(m.clone(), &Late::default());
         assert_eq!(pieces.len(), m.encoded_len());
         assert_eq!(pieces.into_bytes(), Bytes::from(m.encode_to_vec()));
     }
@@ -197,7 +200,7 @@ mod tests {
         let g = GraphProto { node: vec![n], name: Some("g".into()), initializer: vec![t], ..GraphProto::default() };
         let m = ModelProto { ir_version: Some(8), graph: Some(g), ..ModelProto::default() };
         same(&m);
-        let shared = model(m).into_list().iter().filter(|p| p.as_ptr() == raw.as_ptr()).count();
+        let shared = model(m, &Late::default()).into_list().iter().filter(|p| p.as_ptr() == raw.as_ptr()).count();
         assert_eq!(shared, 2);
     }
 }

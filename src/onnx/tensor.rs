@@ -11,7 +11,8 @@ use prost::Message;
 
 use super::error::{Cause, shown};
 use super::external::DataFiles;
-use crate::graph::{DType, Storage, Tensor};
+use crate::graph::{DType, Elements, Storage, Tensor};
+use std::collections::BTreeMap;
 
 /// The typed field that holds elements of a type.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,7 +103,7 @@ pub(super) fn read(mut proto: TensorProto, what: &str, keep_name: bool, files: &
             out.strings = std::mem::take(&mut proto.string_data);
             check_elements(what, &size, field, out.strings.len(), size.elements)?;
         } else {
-            out.bytes = typed_bytes(&mut proto, what, &size, field)?;
+            out.bytes = typed_bytes(&mut proto, what, &size, field)?.into();
         }
     } else if size.dtype == DType::String {
         if !present.is_empty() && present != ["raw_data"] || proto.raw_data.as_ref().is_some_and(|r| !r.is_empty()) {
@@ -111,12 +112,12 @@ pub(super) fn read(mut proto: TensorProto, what: &str, keep_name: bool, files: &
         check_elements(what, &size, Field::String, 0, size.elements)?;
     } else if external {
         out.storage = Storage::External;
-        out.bytes = files.bytes(what, &proto.external_data, size.bytes)?;
+        out.bytes = files.bytes(what, &proto.external_data, size.bytes)?.into();
         proto.external_data.clear();
         proto.data_location = None;
     } else if let Some(raw) = &mut proto.raw_data {
         // An empty field stays in `extra`, so that it is written again.
-        out.bytes = std::mem::take(raw);
+        out.bytes = std::mem::take(raw).into();
         if !out.bytes.is_empty() {
             proto.raw_data = None;
         }
@@ -224,27 +225,56 @@ fn push_int(out: &mut Vec<u8>, value: i32, dtype: DType) -> Option<()> {
     Some(())
 }
 
-/// Where the bytes of tensors go that are not written into the model.
+/// What is written with a model and does not stand in its message.
+#[derive(Debug)]
+pub(super) struct Aside {
+    /// The data file.
+    pub(super) file: DataFile,
+    /// Elements that the file of the model holds in the end.
+    pub(super) late: Late,
+}
+
+impl Aside {
+    /// Nothing yet. `location` is the name of the data file beside the model; raw tensors go there too where `takes_raw` says so, not only
+    /// those that came from a data file.
+    pub(super) fn new(location: String, takes_raw: bool) -> Self {
+        Self { file: DataFile { location, takes_raw, parts: Vec::new(), len: 0 }, late: Late::default() }
+    }
+}
+
+/// Elements that are gathered when they are written, each with a byte that stands for it in the message.
+#[derive(Debug, Default)]
+pub(super) struct Late(BTreeMap<usize, (Bytes, Elements)>);
+
+impl Late {
+    /// Bytes to put into the message. They are held here, so that no others have their address.
+    fn stand_in(&mut self, elements: &Elements) -> Bytes {
+        let own = Bytes::from(vec![0]);
+        self.0.insert(own.as_ptr().addr(), (own.clone(), elements.clone()));
+        own
+    }
+
+    /// What bytes in a message stand for: often themselves.
+    pub(super) fn elements(&self, raw: Bytes) -> Elements {
+        self.0.get(&raw.as_ptr().addr()).map_or_else(|| raw.into(), |(_, elements)| elements.clone())
+    }
+}
+
+/// The file beside the model that holds bytes of tensors.
 #[derive(Debug)]
 pub(super) struct DataFile {
     /// Its name beside the model.
-    pub(super) location: String,
-    /// Whether raw tensors go there too, not only those that came from a data file.
-    pub(super) takes_raw: bool,
+    location: String,
+    takes_raw: bool,
     /// What it holds, by ascending offset.
-    pub(super) parts: Vec<(u64, Bytes)>,
+    pub(super) parts: Vec<(u64, Elements)>,
     /// Unit: bytes.
     pub(super) len: u64,
 }
 
 impl DataFile {
-    /// An empty file.
-    pub(super) fn new(location: String, takes_raw: bool) -> Self {
-        Self { location, takes_raw, parts: Vec::new(), len: 0 }
-    }
-
     /// Appends `bytes` and returns their offset. Large ones start on a page, as readers that map files like it.
-    fn push(&mut self, bytes: &Bytes) -> u64 {
+    fn push(&mut self, bytes: &Elements) -> u64 {
         let align = if bytes.len() < 4096 { 64 } else { 4096 };
         let offset = self.len.next_multiple_of(align);
         self.len = offset + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
@@ -254,7 +284,7 @@ impl DataFile {
 }
 
 /// Encodes a tensor; under `name`, or under the one that its `extra` keeps.
-pub(super) fn write(tensor: &Tensor, name: Option<&str>, data: Option<&mut DataFile>) -> Result<TensorProto, Cause> {
+pub(super) fn write(tensor: &Tensor, name: Option<&str>, aside: Option<&mut Aside>) -> Result<TensorProto, Cause> {
     let mut proto = TensorProto::decode(tensor.extra.clone())
         .map_err(|_| Cause::Internal { what: "the rest of a tensor does not decode" })?;
     if let Some(name) = name {
@@ -271,11 +301,12 @@ pub(super) fn write(tensor: &Tensor, name: Option<&str>, data: Option<&mut DataF
         return Ok(proto);
     }
     let goes_out = |f: &DataFile| tensor.storage == Storage::External || f.takes_raw && tensor.bytes.len() >= 1024;
-    match data.filter(|f| goes_out(f)) {
-        Some(file) => write_external(tensor, &mut proto, file),
-        None if tensor.storage == Storage::Typed => write_typed(tensor, &mut proto),
-        None if !tensor.bytes.is_empty() || kept_empty_raw => proto.raw_data = Some(tensor.bytes.clone()),
-        None => {}
+    match aside {
+        Some(aside) if goes_out(&aside.file) => write_external(tensor, &mut proto, &mut aside.file),
+        _ if tensor.storage == Storage::Typed => write_typed(tensor, &mut proto),
+        Some(aside) if tensor.bytes.is_late() => proto.raw_data = Some(aside.late.stand_in(&tensor.bytes)),
+        _ if !tensor.bytes.is_empty() || kept_empty_raw => proto.raw_data = Some(tensor.bytes.to_bytes()),
+        _ => {}
     }
     Ok(proto)
 }

@@ -10,7 +10,7 @@ use super::error::{Cause, Error};
 use super::external::DataFiles;
 use super::function::{Key, Library, Slot, domain, domains, import, name_bodies};
 use super::read::{call_prefix, node_extra};
-use super::tensor::{self, DataFile};
+use super::tensor::{self, Aside, Late};
 use super::{attr, body, branch, order, stream, value_info};
 use crate::graph::{DType, Graph, Id, NodeId, ValueId};
 
@@ -50,14 +50,14 @@ pub fn to_parts(graph: &Graph, limit: usize, leave_out: &dyn Fn(DType) -> bool) 
         }
         match model.encoded_len() > PROTO_LIMIT {
             true => Err(Cause::OutputTooLarge),
-            false => Ok((stream::model(model).into_bytes(), outside)),
+            false => Ok((stream::model(model, &Late::default()).into_bytes(), outside)),
         }
     };
     encode().map_err(Error::bare)
 }
 
-/// The model as a message; tensors that belong into `data` are appended to it.
-pub(super) fn to_model(graph: &Graph, mut data: Option<&mut DataFile>) -> Result<ModelProto, Cause> {
+/// The model as a message, without what `aside` takes.
+pub(super) fn to_model(graph: &Graph, mut aside: Option<&mut Aside>) -> Result<ModelProto, Cause> {
     let shell = ModelProto::decode(graph.shell().clone());
     let mut model = shell.map_err(|_| Cause::Internal { what: "the shell of a model does not decode" })?;
     let from_file = model.graph.is_some();
@@ -76,13 +76,13 @@ pub(super) fn to_model(graph: &Graph, mut data: Option<&mut DataFile>) -> Result
         match item {
             Item::Call(c) => out.node.push(calls[c].clone().ok_or(Cause::Internal { what: "a changed call is written" })?),
             Item::Node(id) if is_stand_in(graph, id, &sparse) => {}
-            Item::Node(id) => out.node.push(write_node(graph, id, data.as_deref_mut())?),
+            Item::Node(id) => out.node.push(write_node(graph, id, aside.as_deref_mut())?),
         }
     }
     for v in graph.initializers() {
         let value = graph.value(*v);
         if let Some(t) = value.initializer() {
-            out.initializer.push(tensor::write(t, Some(value.name()), data.as_deref_mut())?);
+            out.initializer.push(tensor::write(t, Some(value.name()), aside.as_deref_mut())?);
         }
     }
     out.input = inputs(graph, std::mem::take(&mut out.input))?;
@@ -246,7 +246,7 @@ fn same_node(graph: &Graph, id: NodeId, proto: &NodeProto) -> Result<bool, Cause
     Ok(true)
 }
 
-pub(super) fn write_node(graph: &Graph, id: NodeId, mut data: Option<&mut DataFile>) -> Result<NodeProto, Cause> {
+pub(super) fn write_node(graph: &Graph, id: NodeId, mut aside: Option<&mut Aside>) -> Result<NodeProto, Cause> {
     let node = graph.node(id);
     let mut proto =
         NodeProto::decode(node.extra().clone()).map_err(|_| Cause::Internal { what: "the rest of a node does not decode" })?;
@@ -261,7 +261,7 @@ pub(super) fn write_node(graph: &Graph, id: NodeId, mut data: Option<&mut DataFi
         proto.domain = Some(node.domain().to_string());
     }
     for attr in node.attrs() {
-        proto.attribute.push(attr::write(attr, data.as_deref_mut())?);
+        proto.attribute.push(attr::write(attr, aside.as_deref_mut())?);
     }
     if !node.captures().is_empty() {
         // Bodies go by name, and values may have been renamed since.

@@ -2,15 +2,15 @@
 
 use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate_from, on_all_cores};
 use super::edit::{Cut, changed, edited, splits_between, trained};
-use super::{Error, Model, analyse, class_output};
+use super::{Error, Model, analyse, class_output, exact};
 use crate::anatomy::{Group, Kind};
+use crate::basis::Refused;
 use crate::compensate::{Layer, Repair};
 use crate::curves::{self, CurveError, Curves, How, Measure, Point, Trial};
 use crate::graph::{Graph, Tensor, ValueId};
 use crate::plan::{Kept, Losses, Plan};
-use crate::slice;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 /// Where curves come from, how long they may take, and on how many images.
@@ -42,15 +42,20 @@ fn bundles(group: &Group) -> usize {
 
 /// The units that stay where `count` bundles of each head do: the best by `scores`.
 pub(super) fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
+    best_of_heads(group, scores, &vec![count; group.nest_count()])
+}
+
+/// The units that stay where each head keeps so many bundles: the best by `scores`.
+pub(super) fn best_of_heads(group: &Group, scores: &[f32], counts: &[usize]) -> Vec<usize> {
     let width = group.stored.len();
     let together = group.bundles();
     let mut kept = Vec::new();
-    for head in 0..group.nest_count() {
+    for (head, count) in counts.iter().enumerate() {
         let worth = |b: &[usize]| b.iter().map(|u| f64::from(scores[head * width + u])).sum::<f64>();
         let mut all: Vec<&Vec<usize>> =
             together.iter().enumerate().filter(|(u, b)| b.first() == Some(u)).map(|(_, b)| b).collect();
         all.sort_by(|a, b| worth(b).total_cmp(&worth(a)).then(a[0].cmp(&b[0])));
-        kept.extend(all.into_iter().take(count).flatten().map(|u| head * width + u));
+        kept.extend(all.into_iter().take(*count).flatten().map(|u| head * width + u));
     }
     kept.sort_unstable();
     kept
@@ -70,18 +75,22 @@ impl Calibration {
         let failed = |cause: CurveError| Error::Curves { file: model.path.clone(), cause: Box::new(cause) };
         let sha256 = model.sha256()?;
         let groups = self.groups_of(kinds);
-        let file = ask.dir.map(|d| d.join(self.curves_file(How::Measured)));
+        let file = self.curves_file(ask.dir, How::Measured);
         if let Some(known) = known(file.as_deref(), &sha256, &groups)? {
             return Ok(known);
         }
+        let Some(data) = ask.data else {
+            let reason = "has no curves of what cuts lose: give images with --data";
+            return Err(Error::unsuitable(ask.dir.unwrap_or(&model.path), reason));
+        };
         let output = class_output(model, ask.output)?;
         let (graph, facts) = (&self.base.graph, &self.base.facts);
         let loaders = std::thread::available_parallelism().map_or(1, usize::from);
         let settings =
             curves::Settings { session: ask.session.clone(), batch: ask.batch, loaders, ..curves::Settings::default() };
         let span = curves::Time { sites: groups.len(), trials: LEVELS.len() + 1, seconds: time.seconds, at_most: time.images };
-        let count = curves::images_within((graph, facts), output.as_deref(), ask.data, &settings, &span).map_err(failed)?;
-        let images = if count < ask.data.len() { ask.data.draw(count, ask.seed) } else { ask.data.clone() };
+        let count = curves::images_within((graph, facts), output.as_deref(), data, &settings, &span).map_err(failed)?;
+        let images = if count < data.len() { data.draw(count, ask.seed) } else { data.clone() };
         let mut measure = Measure::new(graph, facts, output.as_deref(), &images, &settings, stop).map_err(failed)?;
         let mut sites: Vec<(usize, &Group)> = Vec::new();
         for group in groups {
@@ -109,13 +118,13 @@ impl Calibration {
         Ok(found)
     }
 
-    /// The name of the file of curves in a run directory.
-    pub(super) fn curves_file(&self, how: How) -> String {
-        let basis = if self.rotated.is_empty() { "original" } else { "rotated" };
-        match how {
-            How::Measured => format!("curves-{basis}.json"),
-            How::Predicted => format!("curves-predicted-{basis}.json"),
-        }
+    /// The file of curves in a folder.
+    pub(super) fn curves_file(&self, dir: Option<&Path>, how: How) -> Option<PathBuf> {
+        let word = if self.rotated.is_empty() { "original" } else { "rotated" };
+        dir.map(|d| match how {
+            How::Measured => d.join(format!("curves-{word}.json")),
+            How::Predicted => d.join(format!("curves-predicted-{word}.json")),
+        })
     }
 
     /// Groups of these kinds that have units of their own.
@@ -197,11 +206,19 @@ pub struct Repaired {
     pub cut: Cut,
     /// What was done, layer by layer.
     pub repairs: Vec<Repair>,
+    /// Groups in the basis of the data.
+    pub rotated: BTreeSet<String>,
+    /// Groups that were to be rotated and stay in the basis of the model, and why.
+    pub refused: Vec<Refused>,
+    /// Groups whose layers cannot be repaired, and why.
+    pub unrepaired: Vec<Refused>,
+    /// Images that this was read off; 0 where none were looked at.
+    pub images: u64,
 }
 
 impl From<Cut> for Repaired {
     fn from(cut: Cut) -> Self {
-        Self { cut, repairs: Vec::new() }
+        Self { cut, repairs: Vec::new(), rotated: BTreeSet::new(), refused: Vec::new(), unrepaired: Vec::new(), images: 0 }
     }
 }
 
@@ -210,7 +227,7 @@ pub fn cut_calibrated(
     model: &Model,
     (plan_path, plan): (&Path, &Plan),
     calibration: &Calibration,
-    how: Compensation,
+    (how, is_exact): (Compensation, bool),
     ask: &CalibrateAsk<'_>,
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
@@ -218,7 +235,7 @@ pub fn cut_calibrated(
     let plan = Plan { weights: None, ..plan.clone() };
     check(model, plan_path, &plan)?;
     let weights = calibration.weights(model, &plan.kept(), how, ask, tell, stop)?;
-    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, weights)
+    cut_edited(model, plan_path, plan, (model.graph(), Vec::new()), calibration, (how, is_exact, weights))
 }
 
 /// Applies a plan to the weights of a run, its gates multiplied in, repaired by what images say of them.
@@ -226,7 +243,7 @@ pub fn cut_trained(
     model: &Model,
     (plan_path, plan): (&Path, &Plan),
     run: &Path,
-    how: Compensation,
+    (how, is_exact): (Compensation, bool),
     ask: &CalibrateAsk<'_>,
     tell: &mut dyn FnMut(Calibrating),
     stop: &AtomicBool,
@@ -239,7 +256,8 @@ pub fn cut_trained(
     let calibration = calibrate_from(model, base, &ask, tell, stop)?;
     let plan = Plan { weights: Some(trained.weights), ..plan.clone() };
     let weights = calibration.weights(model, &plan.kept(), how, &ask, tell, stop)?;
-    let mut repaired = cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, weights)?;
+    let mut repaired =
+        cut_edited(model, plan_path, plan, (&trained.base.graph, trained.why), &calibration, (how, is_exact, weights))?;
     repaired.cut.warnings = trained.warnings;
     Ok(repaired)
 }
@@ -256,7 +274,7 @@ fn cut_edited(
     mut plan: Plan,
     (start, mut why): (&Graph, Vec<(String, &'static str)>),
     calibration: &Calibration,
-    (graph, repairs): (Graph, Vec<Repair>),
+    (how, is_exact, (graph, repairs)): (Compensation, bool, (Graph, Vec<Repair>)),
 ) -> Result<Repaired, Error> {
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(plan_path, reason))?;
     plan.basis = if calibration.rotated.is_empty() { "original" } else { "rotated" }.to_string();
@@ -265,7 +283,15 @@ fn cut_edited(
     plan.edited = edited(why);
     let infer_error = |cause| Error::Infer { file: model.path.clone(), cause };
     let (facts, anatomy) = analyse(&graph).map_err(infer_error)?;
-    let sliced = slice::apply(&graph, &facts, &anatomy, &plan.kept(), &analyse)
-        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
-    Ok(Repaired { cut: Cut { sliced, plan, warnings: Vec::new() }, repairs })
+    let made = exact::slice(model, (&graph, &facts, &anatomy), &plan.kept(), is_exact || !plan.exact.is_empty())?;
+    let unrepaired = calibration.unrepaired.iter().filter(|r| how != Compensation::Off && plan.kept().contains_key(&r.group));
+    let unrepaired = unrepaired.cloned().collect();
+    Ok(Repaired {
+        cut: Cut::new(made, plan, Vec::new()),
+        repairs,
+        rotated: calibration.rotated.clone(),
+        refused: calibration.refused.clone(),
+        unrepaired,
+        images: calibration.images,
+    })
 }

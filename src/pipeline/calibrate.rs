@@ -3,7 +3,7 @@
 //! Everything is an edit of constants of the model at full width ([`Calibration::repair`]); cutting stays pure removal.
 
 use super::edit::{Analysed, analysed};
-use super::{Error, Model};
+use super::{Error, Model, bench_feeds};
 use crate::anatomy::{Anatomy, Group, Kind, Site};
 use crate::basis::{self, Basis, Pair, Refused, Rotatable};
 use crate::compensate::{self, Consumer, Layer, Repair};
@@ -47,8 +47,8 @@ pub enum Compensation {
 /// What is asked of a calibration.
 #[derive(Clone, Copy)]
 pub struct CalibrateAsk<'a> {
-    /// Images; labels are not looked at.
-    pub data: &'a Dataset,
+    /// Images; labels are not looked at. `None`: what the folder holds must do.
+    pub data: Option<&'a Dataset>,
     /// At most this many of them.
     pub images: usize,
     /// The basis.
@@ -91,6 +91,8 @@ pub struct Calibration {
     pub(super) logits: BTreeMap<String, Vec<Mat<f64>>>,
     /// Groups that stay in the basis of the model, and why.
     pub refused: Vec<Refused>,
+    /// Groups whose layers cannot be repaired, and why.
+    pub unrepaired: Vec<Refused>,
     /// Images seen.
     pub images: u64,
 }
@@ -114,20 +116,38 @@ pub(super) fn calibrate_from(
     stop: &AtomicBool,
 ) -> Result<Calibration, Error> {
     let mut base = analysed(model, own_biases(start))?;
-    let (consumers, _) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
+    let (consumers, without) = compensate::consumers(&base.graph, &base.facts, &base.anatomy);
+    let mut unrepaired: Vec<Refused> = without.into_iter().map(|e| Refused { group: e.group, reason: e.reason }).collect();
     let (rotatable, mut refused) = match ask.basis {
         BasisChoice::Original => (Vec::new(), Vec::new()),
         BasisChoice::Auto | BasisChoice::Rotated => basis::rotatable(&base.graph, &base.facts, &base.anatomy, &consumers),
     };
-    let found = statistics(model, &base, &probes(&base, &consumers), ask, tell, stop)?;
-    let moments = |n: usize| found.probes.get(&probe_of_consumer(n)).cloned();
-    let layer = |(n, c): (usize, Consumer)| Layer::new(&base.graph, c, moments(n)?);
-    let mut layers: Vec<Layer> = consumers.into_iter().enumerate().filter_map(layer).collect();
+    let (probes, impossible) = probes(&base, &consumers);
+    let mut found = statistics(model, &base, &probes, ask, tell, stop)?;
+    let mut layers: Vec<Layer> = Vec::new();
+    for (n, consumer) in consumers.into_iter().enumerate() {
+        let ids: Vec<String> = consumer.groups.iter().map(|(id, _)| id.clone()).collect();
+        let name = probe_of_consumer(n);
+        // Moved, not copied: they are most of what is held in memory.
+        let moments = found.probes.remove(&name);
+        match moments.and_then(|m| Layer::new(&base.graph, consumer, m)) {
+            Some(layer) => layers.push(layer),
+            None => {
+                let reason = impossible.get(&name).map_or("its statistics do not fit its weight", String::as_str);
+                unrepaired.extend(ids.into_iter().map(|group| Refused { group, reason: reason.to_string() }));
+            }
+        }
+    }
     let mut bases: Vec<(Rotatable, Basis)> = Vec::new();
     for r in rotatable {
         match basis_of(&base.graph, &r, &found, &layers) {
             Some(b) => bases.push((r, b)),
-            None => refused.push(Refused { group: r.group, reason: "its statistics have no basis".to_string() }),
+            None => {
+                let told = ["q", "k"].iter().find_map(|side| impossible.get(&format!("{side}.{}", r.group)));
+                let told = told.or_else(|| Some(&unrepaired.iter().find(|u| u.group == r.group)?.reason));
+                let reason = told.map_or("its statistics have no basis".to_string(), Clone::clone);
+                refused.push(Refused { group: r.group, reason });
+            }
         }
     }
     base.graph = turn(model, &base, &mut bases, &mut refused, &layers, ask)?;
@@ -158,7 +178,7 @@ pub(super) fn calibrate_from(
     for (group, order) in others.iter().zip(orders) {
         scores.groups.extend(order.map(|s| (group.id.clone(), s)));
     }
-    Ok(Calibration { base, layers, scores, rotated, logits, refused, images: found.images })
+    Ok(Calibration { base, layers, scores, rotated, logits, refused, unrepaired, images: found.images })
 }
 
 /// What `f` gives for each item, in their order, on as many threads as the process may use.
@@ -203,18 +223,27 @@ fn probe_of_consumer(n: usize) -> String {
     format!("x.{n}")
 }
 
-/// Probes of every consumer's operand, and of queries and keys of every `qk` group whose product has both as operands.
-fn probes(base: &Analysed, consumers: &[Consumer]) -> Vec<Probe> {
+/// Probes of every consumer's operand, and of queries and keys of every `qk` group whose product has both as operands; and those that
+/// cannot be, by name, with the reason.
+fn probes(base: &Analysed, consumers: &[Consumer]) -> (Vec<Probe>, BTreeMap<String, String>) {
     let value = |at: Use| base.graph.node(at.node).input(at.slot);
     let mut probes = Vec::new();
+    let mut impossible = BTreeMap::new();
     let mut add = |name: String, site: &Site, centre: Option<usize>| {
-        let is_whole = |v: ValueId| {
-            let shape = base.facts.shape(v).unwrap_or_default();
-            let sizes: Option<usize> = site.axes.iter().map(|a| shape.get(*a)?.size()).product();
-            sizes == Some(site.index.len())
+        let Some(value) = value(site.at) else { return };
+        let shape = base.facts.shape(value).unwrap_or_default();
+        let sizes: Option<usize> = site.axes.iter().map(|a| shape.get(*a)?.size()).product();
+        let probe = Probe { name, value, axes: site.axes.clone(), centre };
+        let found = match sizes == Some(site.index.len()) {
+            true => stats::can_be_probed(&base.graph, &base.facts, &probe),
+            false => Err(format!("axes {:?} of {shape:?} hold more than its {} units", site.axes, site.index.len())),
         };
-        if let Some(value) = value(site.at).filter(|v| is_whole(*v)) {
-            probes.push(Probe { name, value, axes: site.axes.clone(), centre });
+        match found {
+            Ok(()) => probes.push(probe),
+            Err(reason) => {
+                let shown = format!("no statistics at '{}': {reason}", base.graph.value(value).name());
+                impossible.insert(probe.name, shown);
+            }
         }
     };
     for (n, consumer) in consumers.iter().enumerate() {
@@ -229,7 +258,7 @@ fn probes(base: &Analysed, consumers: &[Consumer]) -> Vec<Probe> {
             add(format!("k.{}", group.id), &k, tokens);
         }
     }
-    probes
+    (probes, impossible)
 }
 
 /// The operands of the product in which a `qk` group is contracted, where both can be seen.
@@ -246,6 +275,9 @@ pub(super) fn queries_and_keys(base: &Analysed, group: &Group) -> Option<(Site, 
     Some((at(0)?, at(1)?))
 }
 
+/// The file of statistics in a run directory.
+pub(super) const STATS_FILE: &str = "stats.safetensors";
+
 /// Reads what a folder holds, or gathers it and leaves it there.
 fn statistics(
     model: &Model,
@@ -256,23 +288,30 @@ fn statistics(
     stop: &AtomicBool,
 ) -> Result<Stats, Error> {
     let sha256 = model.sha256()?;
-    let images = ask.images.min(ask.data.len());
-    let file = ask.dir.map(|d| d.join("stats.safetensors"));
+    let file = ask.dir.map(|d| d.join(STATS_FILE));
     let failed = |cause: StatsError| stats_error(model, cause);
     if let Some(file) = file.as_deref().filter(|f| f.exists()) {
+        let is_asked =
+            |found: &Stats| ask.data.is_none_or(|d| found.images == ask.images.min(d.len()) as u64 && found.seed == ask.seed);
         match Stats::read(file, &sha256, &base.graph, probes) {
-            Ok(found) if found.images == images as u64 && found.seed == ask.seed => return Ok(found),
-            Ok(_) | Err(StatsError::Stale { .. }) => {}
+            Ok(found) if is_asked(&found) => return Ok(found),
+            Ok(_) => {}
+            Err(StatsError::Stale { .. }) if ask.data.is_some() => {}
             Err(cause) => return Err(failed(cause)),
         }
     }
+    let Some(data) = ask.data else {
+        let at = ask.dir.unwrap_or(&model.path);
+        return Err(Error::unsuitable(at, format!("holds no statistics of images ({STATS_FILE}): give images with --data")));
+    };
+    let images = ask.images.min(data.len());
     let loaders = std::thread::available_parallelism().map_or(1, usize::from);
     let job = stats::Job {
         graph: &base.graph,
         facts: &base.facts,
         model_sha256: &sha256,
         probes,
-        data: ask.data,
+        data,
         images: Some(images),
         seed: ask.seed,
         batch: ask.batch,
@@ -282,6 +321,12 @@ fn statistics(
     let found = stats::collect(&job, &mut |p| tell(Calibrating::Statistics(p.images, p.of)), stop).map_err(failed)?;
     if let Some(file) = &file {
         found.write(file, &base.graph, probes).map_err(failed)?;
+        // Curves of other statistics are of other bases and repairs.
+        let others = file.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten();
+        let is_curves = |name: &str| name.starts_with("curves-") && name.ends_with(".json");
+        for other in others.filter(|f| f.file_name().to_str().is_some_and(is_curves)) {
+            std::fs::remove_file(other.path()).map_err(|e| Error::unsuitable(&other.path(), e.to_string()))?;
+        }
     }
     Ok(found)
 }
@@ -419,9 +464,14 @@ fn first_difference(
     let data_error = |cause| Error::Data { file: model.path.clone(), cause: Box::new(cause) };
     let fixed = eval::fixed_batch(&base.graph, &base.facts);
     let size = fixed.unwrap_or(ask.batch.min(IMAGES));
-    let Some(batch) = ask.data.batches(BatchOrder::default(), size, 1, None).next() else { return Ok(None) };
-    let batch = batch.map_err(data_error)?;
-    let feeds = eval::filled(&batch, fixed.unwrap_or(batch.count));
+    let feeds = match ask.data.map(|d| d.batches(BatchOrder::default(), size, 1, None).next()) {
+        Some(None) => return Ok(None),
+        Some(Some(batch)) => {
+            let batch = batch.map_err(data_error)?;
+            eval::filled(&batch, fixed.unwrap_or(batch.count))
+        }
+        None => bench_feeds(model, size, ask.seed, RuntimeName::Ort, ask.session)?,
+    };
     let inputs: Vec<(ValueId, Declared)> =
         base.graph.inputs().iter().filter_map(|v| Some((*v, base.graph.value(*v).declared()?.clone()))).collect();
     let outputs: Vec<(ValueId, Declared)> = values
@@ -532,10 +582,11 @@ impl Calibration {
         tell: &mut dyn FnMut(Calibrating),
         stop: &AtomicBool,
     ) -> Result<(Graph, Vec<Repair>), Error> {
-        match how {
-            Compensation::Off => Ok((self.base.graph.clone(), Vec::new())),
-            Compensation::AtOnce => Ok(self.repair(kept)),
-            Compensation::InOrder => self.repair_in_order(model, kept, ask, tell, stop),
+        match (how, ask.data) {
+            (Compensation::Off, _) => Ok((self.base.graph.clone(), Vec::new())),
+            (Compensation::InOrder, Some(data)) => self.repair_in_order(model, kept, (ask, data), tell, stop),
+            // Statistics of a run directory alone say nothing of what lies behind a cut.
+            (Compensation::AtOnce | Compensation::InOrder, _) => Ok(self.repair(kept)),
         }
     }
 

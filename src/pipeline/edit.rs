@@ -1,17 +1,20 @@
 //! Plan + model (+ run) -> the sliced graph, with the plan completed by what was edited.
 
 use super::apart::Trainable;
+use super::exact::{self, Made};
 use super::{Error, Model, analyse};
 use crate::anatomy::{Anatomy, Kind};
+use crate::exact::Refused;
 use crate::fold;
 use crate::graph::{DType, Graph, Tensor, Use, ValueId};
 use crate::infer::Facts;
 use crate::onnx;
 use crate::plan::{Edited, Kept, Plan, Split, SplitUse, Weights};
 use crate::search::{self, Run};
-use crate::slice::{self, Sliced};
+use crate::slice::Sliced;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 /// What a plan is applied to: the model, or the model with merged constants taken apart.
 pub(super) enum Base<'a> {
@@ -57,38 +60,74 @@ pub struct Cut {
     pub plan: Plan,
     /// Gates that could not be folded, with the reason; one line each.
     pub warnings: Vec<String>,
+    /// Savings that were not made, and why.
+    pub refused: Vec<Refused>,
 }
 
-/// Applies a plan to the model's own weights, or to those of a run with its gates folded in.
-pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> Result<Cut, Error> {
-    // The file is read once more for its hash, which takes as long as cutting.
-    let (found, cut) = std::thread::scope(|scope| {
-        let hash = scope.spawn(|| model.sha256());
-        let cut = cut_fitting(model, plan_path, plan, run);
-        (hash.join(), cut)
-    });
-    let found = found.map_err(|_| Error::unsuitable(&model.path, "cannot be hashed".to_string()))??;
-    plan.check_model(plan_path, &found)?;
-    cut
+/// Applies a plan to the model's own weights, or to those of a run with its gates folded in. Savings that change no output are made where
+/// the plan has some, or where they are asked for here.
+pub fn cut(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>, is_exact: bool) -> Result<Cut, Error> {
+    let (cut, origin) = cut_early(model, plan_path, plan, run, is_exact)?;
+    origin.check(plan_path, plan)?;
+    Ok(cut)
+}
+
+/// As [`cut`], before it is known whether the plan belongs to the model: nothing may come of the result until
+/// [`Origin::check`] says so. The file is read once more for its hash, which takes as long as cutting and writing.
+pub fn cut_early(
+    model: &Model,
+    plan_path: &Path,
+    plan: &Plan,
+    run: Option<&Path>,
+    is_exact: bool,
+) -> Result<(Cut, Origin), Error> {
+    let path = model.path.clone();
+    let origin = Origin { model: path.clone(), hash: std::thread::spawn(move || onnx::sha256_of_file(&path)) };
+    match cut_fitting(model, plan_path, plan, run, is_exact) {
+        Ok(cut) => Ok((cut, origin)),
+        Err(error) => origin.check(plan_path, plan).and(Err(error)),
+    }
+}
+
+/// The hash of a model's file while it is being found.
+pub struct Origin {
+    model: PathBuf,
+    hash: JoinHandle<Result<String, onnx::Error>>,
+}
+
+impl Origin {
+    /// Waits for the hash. Errors: the plan is of another model; the file cannot be read.
+    pub fn check(self, plan_path: &Path, plan: &Plan) -> Result<(), Error> {
+        let found = self.hash.join().map_err(|_| Error::unsuitable(&self.model, "cannot be hashed".to_string()))??;
+        Ok(plan.check_model(plan_path, &found)?)
+    }
 }
 
 /// As [`cut`], of a plan that may belong to another model.
-fn cut_fitting(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>) -> Result<Cut, Error> {
+fn cut_fitting(model: &Model, plan_path: &Path, plan: &Plan, run: Option<&Path>, is_asked: bool) -> Result<Cut, Error> {
     plan.check_groups(plan_path, &model.anatomy)?;
     let kept = plan.kept();
     check_elements(model, &kept)?;
     let mut plan = Plan { weights: None, edited: Vec::new(), split: Vec::new(), ..plan.clone() };
-    let slice_error = |cause| Error::Slice { file: model.path.clone(), cause };
+    let is_exact = is_asked || !plan.exact.is_empty();
     let Some(dir) = run else {
-        let sliced = slice::apply(model.graph(), &model.facts, &model.anatomy, &kept, &analyse).map_err(slice_error)?;
-        return Ok(Cut { sliced, plan, warnings: Vec::new() });
+        let made = exact::slice(model, (model.graph(), &model.facts, &model.anatomy), &kept, is_exact)?;
+        return Ok(Cut::new(made, plan, Vec::new()));
     };
     let Trained { base: Analysed { graph, facts, anatomy }, why, warnings, weights } = trained(model, dir, &kept)?;
     plan.split = splits_between(model.graph(), &graph).map_err(|reason| Error::unsuitable(dir, reason))?;
-    let sliced = slice::apply(&graph, &facts, &anatomy, &kept, &analyse).map_err(slice_error)?;
+    let made = exact::slice(model, (&graph, &facts, &anatomy), &kept, is_exact)?;
     plan.edited = edited(why);
     plan.weights = Some(weights);
-    Ok(Cut { sliced, plan, warnings })
+    Ok(Cut::new(made, plan, warnings))
+}
+
+impl Cut {
+    /// What was made of a plan.
+    pub(super) fn new(made: Made, plan: Plan, warnings: Vec<String>) -> Self {
+        let Made { sliced, savings, refused, .. } = made;
+        Self { sliced, plan: Plan { exact: savings, ..plan }, warnings, refused }
+    }
 }
 
 /// A model with the weights of a run, its gates multiplied in.

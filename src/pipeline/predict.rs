@@ -11,6 +11,7 @@ use super::{Error, Model, class_output};
 use crate::anatomy::{Anatomy, Group, Kind};
 use crate::compensate::{self, Consumer, Layer};
 use crate::curves::{self, Curves, How};
+use crate::data::Dataset;
 use crate::eval;
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::plan::Kept;
@@ -65,10 +66,11 @@ impl Calibration {
     ) -> Result<Predicted, Error> {
         let sha256 = model.sha256()?;
         let groups = self.groups_of(kinds);
-        let file = ask.dir.map(|d| d.join(self.curves_file(How::Predicted)));
+        let file = self.curves_file(ask.dir, How::Predicted);
         if let Some(known) = known(file.as_deref(), &sha256, &groups)? {
             return Ok(Predicted::Curves(known));
         }
+        let Some(data) = ask.data else { return Ok(Predicted::Refused("there are no images".to_string())) };
         let base = (&self.base.graph, &self.base.facts, &self.base.anatomy);
         let trainable = Trainable::of(&model.path, base)?;
         let (graph, facts, anatomy) = trainable.parts();
@@ -86,7 +88,7 @@ impl Calibration {
             Ok(squares) => squares,
             Err(reason) => return Ok(Predicted::Refused(reason.to_string())),
         };
-        let (images, found) = self.squares(model, &squares, ask, tell, stop)?;
+        let (images, found) = self.squares(model, &squares, (ask, data), tell, stop)?;
         let found: BTreeMap<ValueId, f64> = values.into_iter().zip(found).filter_map(|(v, s)| Some((v, s?))).collect();
         let mut curves = Curves::empty(How::Predicted, images, &sha256);
         let points = on_all_cores(&felt, |felt| self.points(felt, &found));
@@ -176,7 +178,7 @@ impl Calibration {
         &self,
         model: &Model,
         squares: &Squares,
-        ask: &CalibrateAsk<'_>,
+        (ask, data): (&CalibrateAsk<'_>, &Dataset),
         tell: &mut dyn FnMut(Calibrating),
         stop: &AtomicBool,
     ) -> Result<(u64, Vec<Option<f64>>), Error> {
@@ -185,7 +187,7 @@ impl Calibration {
             cause => Error::Measure { file: model.path.clone(), cause: Box::new(cause) },
         };
         let fixed = eval::fixed_batch(&self.base.graph, &self.base.facts);
-        let data = ask.data.draw(ask.images.min(IMAGES), ask.seed);
+        let data = data.draw(ask.images.min(IMAGES), ask.seed);
         let images = Images {
             data: &data,
             batch: fixed.unwrap_or(ask.batch.min(BATCH)).max(1),

@@ -1,10 +1,10 @@
 //! OUT against its twin and against MODEL.
 
-use super::{Base, Error, Model};
+use super::{Base, Error, Model, exact};
 use crate::data::{BatchOrder, Dataset};
 use crate::graph::Graph;
 use crate::plan::Plan;
-use crate::slice;
+use crate::slice::{self, Sliced};
 use crate::verify::{self, Settings, Subject, Verdict, weights};
 use std::path::Path;
 
@@ -32,12 +32,11 @@ pub fn prove(
     let base = Base::of_plan(model, plan_path, plan)?;
     let (graph, facts, anatomy) = base.parts();
     let kept = plan.kept();
-    let mut sliced = slice::apply(graph, facts, anatomy, &kept, &super::analyse)
-        .map_err(|cause| Error::Slice { file: model.path.clone(), cause })?;
-    let edited = weights::edited_names(plan.edited.iter().map(|e| e.initializer.as_str()), &sliced);
-    let difference = weights::first_difference(&sliced.graph, out, &edited);
-    sliced.graph = out.clone();
-    let names = plan.edited.iter().map(|e| e.initializer.clone()).collect();
+    let made = exact::slice(model, base.parts(), &kept, !plan.exact.is_empty())?;
+    let names = made.with_parts(plan.edited.iter().map(|e| e.initializer.clone()).collect());
+    let edited = made.with_parts(weights::edited_names(names.iter().map(String::as_str), &made.sliced));
+    let difference = weights::first_difference(&made.sliced.graph, out, &edited);
+    let sliced = Sliced { graph: made.put_back(out), ..made.sliced };
     let twin = slice::twin::build(graph, facts, anatomy, &kept, &sliced, &names);
     let subject = Subject {
         graph: model.graph(),

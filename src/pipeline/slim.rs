@@ -16,6 +16,7 @@ use crate::cost::Sizes;
 use crate::curves::{Curves, How};
 use crate::data::Dataset;
 use crate::eval::Evaluation;
+use crate::exact::Refused;
 use crate::graph::Graph;
 use crate::onnx::Loaded;
 use crate::plan::{Ask, Limits, Plan, Promised};
@@ -147,6 +148,8 @@ pub struct Slimmed {
     pub search: Option<Outcome>,
     /// What was repaired, layer by layer.
     pub repairs: Vec<Repair>,
+    /// Savings that were not made, and why.
+    pub refused: Vec<Refused>,
     /// The fine-tuning, where there was one: on images of its own.
     pub finetuned: Option<FinetuneReport>,
     /// Latency of both, in turn; none where it was not verified.
@@ -302,7 +305,7 @@ impl Slim<'_> {
                 let plan = self.plan(&super::read_run(self.model, run_dir)?.scores())?;
                 tell(Event::Stage("cutting"));
                 match self.repair.how {
-                    Compensation::Off => cut(self.model, Path::new("plan"), &plan, Some(run_dir))?.into(),
+                    Compensation::Off => cut(self.model, Path::new("plan"), &plan, Some(run_dir), false)?.into(),
                     _ => self.repair_trained(&plan, data, run_dir, tell, stop)?,
                 }
             }
@@ -310,13 +313,13 @@ impl Slim<'_> {
             _ => {
                 let plan = self.check()?;
                 tell(Event::Stage("cutting"));
-                cut(self.model, Path::new("plan"), &plan, None)?.into()
+                cut(self.model, Path::new("plan"), &plan, None, false)?.into()
             }
         };
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        let Repaired { cut: Cut { sliced, mut plan, warnings }, repairs } = cut;
+        let Repaired { cut: Cut { sliced, mut plan, warnings, refused }, repairs, .. } = cut;
         warnings.into_iter().for_each(|w| tell(Event::Note(w)));
         let cost = before_after(self.model, &sliced)?;
         let mut graph = sliced.graph;
@@ -329,7 +332,9 @@ impl Slim<'_> {
             }
             if !verdict.pass {
                 let search = outcome;
-                return Ok(Slimmed { graph, plan, cost, verdict, before, search, repairs, finetuned, latency: None }.into());
+                return Ok(
+                    Slimmed { graph, plan, cost, verdict, before, search, repairs, refused, finetuned, latency: None }.into()
+                );
             }
             tell(Event::Stage("fine-tuning"));
             let tuned = self.tune(&graph, data, tell, stop)?;
@@ -348,12 +353,12 @@ impl Slim<'_> {
         if is_stopped() {
             return Ok(Ended::Interrupted);
         }
-        Ok(Slimmed { graph, plan, cost, verdict, before, search: outcome, repairs, finetuned, latency }.into())
+        Ok(Slimmed { graph, plan, cost, verdict, before, search: outcome, repairs, refused, finetuned, latency }.into())
     }
 
     fn calibration<'b>(&'b self, data: &'b SlimData, dir: Option<&'b Path>) -> CalibrateAsk<'b> {
         CalibrateAsk {
-            data: &data.train,
+            data: Some(&data.train),
             images: self.repair.images,
             basis: self.repair.basis,
             batch: self.config.batch,
@@ -374,7 +379,7 @@ impl Slim<'_> {
             let plan = self.plan(&found.scores)?;
             tell(Event::Stage("cutting"));
             let plan = (Path::new("plan"), &plan);
-            return cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop);
+            return cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop);
         };
         let curves = self.curves(&found, &ask, kinds, tell, stop)?;
         let limits = Limits { losses: Some(losses(&curves)), ..self.limits.clone() };
@@ -382,7 +387,7 @@ impl Slim<'_> {
         plan.seed = self.config.seed;
         tell(Event::Stage("cutting"));
         let plan = (Path::new("plan"), &plan);
-        cut_calibrated(self.model, plan, &found, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
+        cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop)
     }
 
     /// What cuts lose: predicted where that is asked for and can be, else measured.
@@ -417,7 +422,7 @@ impl Slim<'_> {
         stop: &AtomicBool,
     ) -> Result<Repaired, Error> {
         let ask = self.calibration(data, None);
-        cut_trained(self.model, (Path::new("plan"), plan), run_dir, self.repair.how, &ask, &mut |c| tell(c.into()), stop)
+        cut_trained(self.model, (Path::new("plan"), plan), run_dir, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop)
     }
 
     fn tune(&self, graph: &Graph, data: &SlimData, tell: &mut dyn FnMut(Event), stop: &AtomicBool) -> Result<Finetuned, Error> {

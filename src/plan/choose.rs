@@ -85,6 +85,16 @@ impl Measure {
         }
     }
 
+    /// How often `part` goes into `whole`; 1 where that is not known.
+    pub fn ratio(self, whole: &Cost, part: &Cost) -> f64 {
+        let (whole, part) = match self {
+            Measure::Macs => (whole.macs.unwrap_or(0), part.macs.unwrap_or(0)),
+            Measure::Params => (whole.params, part.params),
+            Measure::Bytes => (whole.bytes, part.bytes),
+        };
+        if whole == 0 || part == 0 { 1.0 } else { whole as f64 / part as f64 }
+    }
+
     /// A cost as a fraction of the whole; 0 where it is not known.
     pub(super) fn share(self, cost: &Cost, whole: &Cost) -> f64 {
         let (part, whole) = match self {
@@ -112,6 +122,8 @@ pub struct Limits {
     /// What widths lose: where it is given, a budget is met by it, and scores say only which units of a group go first. Groups that
     /// it does not know are left alone.
     pub losses: Option<Losses>,
+    /// Whether savings that change no output are made: what they save need not be cut.
+    pub is_exact: bool,
 }
 
 /// What was chosen.

@@ -2,6 +2,7 @@
 
 use super::choose::Measure;
 use crate::anatomy::{Anatomy, Group, Kind};
+use crate::exact::Saving;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -42,6 +43,9 @@ pub struct Plan {
     /// Constants that several nodes read in the model and that became one each, before anything was cut.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub split: Vec<Split>,
+    /// Savings that change no output, made after the cut.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exact: Vec<Saving>,
 }
 
 /// How the heads of an attention layer may differ.
@@ -261,6 +265,7 @@ impl Plan {
             weights: None,
             edited: Vec::new(),
             split: Vec::new(),
+            exact: Vec::new(),
         }
     }
 

@@ -12,7 +12,7 @@ pub mod cutset;
 mod empty;
 mod heads;
 pub mod refit;
-mod shapes;
+pub(crate) mod shapes;
 mod tokens;
 pub mod twin;
 mod widths;
@@ -133,7 +133,7 @@ pub fn apply(graph: &Graph, facts: &Facts, anatomy: &Anatomy, kept: &Kept, analy
 
 /// Lets branches of known condition stay inlined where a cut went through them: the other branch, and the shapes that the file declares
 /// of both, no longer fit.
-fn keep_cut_branches(graph: &mut Graph, old: &Facts) -> Result<(), InferError> {
+pub(crate) fn keep_cut_branches(graph: &mut Graph, old: &Facts) -> Result<(), InferError> {
     if graph.calls().iter().all(|c| c.condition.is_none()) {
         return Ok(());
     }
@@ -187,7 +187,7 @@ impl Sliced {
 }
 
 /// Nodes of the original that are gone, and nodes that it does not have.
-fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
+pub(crate) fn node_changes(old: &Graph, new: &Graph) -> NodeChanges {
     let (before, after): (BTreeSet<NodeId>, BTreeSet<NodeId>) =
         (old.order().iter().copied().collect(), new.order().iter().copied().collect());
     NodeChanges {

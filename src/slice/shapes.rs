@@ -10,7 +10,7 @@ use crate::infer::{Dim, Fact, Facts, InferCx, Known};
 use crate::ops;
 
 /// Makes what Shape nodes read of cut axes the numbers of before. `size` gives the size that an axis has after the cut.
-pub(super) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, usize) -> Option<usize>) {
+pub(crate) fn freeze(graph: &mut Graph, facts: &Facts, size: &dyn Fn(ValueId, usize) -> Option<usize>) {
     let mut tainted: SideMap<ValueId, Option<Fact>> = SideMap::filled(graph.value_count(), None);
     for id in graph.order().to_vec() {
         let node = graph.node(id).clone();
@@ -132,7 +132,7 @@ fn overlay(graph: &mut Graph, vector: ValueId, len: usize, entries: &[(usize, i6
 }
 
 /// Gives entries of the integer vector at an input new values, in the cheapest form that touches nobody else.
-pub(super) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize, i64)]) {
+pub(crate) fn patch(graph: &mut Graph, facts: &Facts, at: Use, entries: &[(usize, i64)]) {
     let Some(v) = graph.node(at.node).input(at.slot) else { return };
     let alone = graph.value(v).users().len() == 1 && !graph.outputs().contains(&v);
     if let Some(t) = graph.constant(v) {
@@ -222,7 +222,7 @@ fn patched_constant(t: &Tensor, entries: &[(usize, i64)]) -> Tensor {
 }
 
 /// A Gather of constant positions, for what no constant can be cut for; its values are named after `v` and `suffix`.
-pub(super) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[usize], suffix: &str) -> ValueId {
+pub(crate) fn gather(graph: &mut Graph, v: ValueId, axis: usize, positions: &[usize], suffix: &str) -> ValueId {
     let name = graph.value(v).name().to_string();
     let index: Vec<i64> = positions.iter().map(|p| *p as i64).collect();
     let mut b = Builder::new(graph, &format!("{name}_{suffix}."));

@@ -13,7 +13,7 @@ mod probes;
 mod sums;
 
 pub use collect::{Job, Progress, collect, held_every};
-pub use probes::{ProbeGraph, Tap, probe_graph};
+pub use probes::{ProbeGraph, Tap, can_be_probed, probe_graph};
 
 use crate::data::DataError;
 use crate::graph::ValueId;

@@ -68,6 +68,11 @@ pub fn probe_graph(graph: &Graph, facts: &Facts, probes: &[Probe]) -> Result<Pro
     Ok(ProbeGraph { graph: out, taps })
 }
 
+/// Whether moments can be taken there; else the reason, in one line.
+pub fn can_be_probed(graph: &Graph, facts: &Facts, probe: &Probe) -> Result<(), String> {
+    check_probe(graph, facts, probe).map(drop)
+}
+
 /// The number of features, where the probe can be.
 fn check_probe(graph: &Graph, facts: &Facts, probe: &Probe) -> Result<usize, String> {
     let fact = facts.get(probe.value);
