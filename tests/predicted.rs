@@ -22,7 +22,8 @@ use vitrim::graph::build::Builder;
 use vitrim::graph::{DType, DeclaredDim, Graph, Tensor, ValueId};
 use vitrim::pipeline::{self, BasisChoice, CalibrateAsk, CurveTime, Predicted};
 use vitrim::runtime::SessionOptions;
-use vitrim::score::{Images, Squares};
+use vitrim::score::{self, Images};
+use vitrim::supernet::Squares;
 
 static GO: AtomicBool = AtomicBool::new(false);
 
@@ -67,7 +68,7 @@ fn a_weight_is_that_of_the_exact_divergence_for_small_errors() {
     let squares = Squares::new(&graph, Some(graph.outputs()[0]), &[inner]).unwrap();
     let (mut forward, mut step) = (harness::session(&graph).unwrap(), harness::session(&squares.graph).unwrap());
     let images = Images { data: &data, batch: 64, is_batch_fixed: false, loaders: 1, stop: &GO };
-    let found = squares.measure(forward.as_mut(), step.as_mut(), &images, 3, &mut |_, _| {}).unwrap();
+    let found = score::squares(&squares, (forward.as_mut(), step.as_mut()), &images, 3, &mut |_, _| {}).unwrap();
     let weight = 0.5 * found[0].unwrap() / HIDDEN as f64;
     // Errors alike in all directions, on every image several.
     let (mut exact, mut error) = (0.0, 0.0);

@@ -16,7 +16,8 @@ use crate::eval;
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::plan::Kept;
 use crate::runtime::{self, RuntimeName};
-use crate::score::{Images, MeasureError, Squares};
+use crate::score::{self, Images, MeasureError};
+use crate::supernet::Squares;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
 
@@ -202,7 +203,7 @@ impl Calibration {
             used = done;
             tell(Calibrating::Gradients(done, of));
         };
-        let found = squares.measure(forward.as_mut(), step.as_mut(), &images, ask.seed, &mut progress).map_err(fail)?;
+        let found = score::squares(squares, (forward.as_mut(), step.as_mut()), &images, ask.seed, &mut progress).map_err(fail)?;
         Ok((used as u64, found))
     }
 }

@@ -14,7 +14,7 @@ mod weights;
 pub use activation::{Probed, activation, probe};
 pub use gradients::{Engines, gradients};
 pub use images::{Images, MeasureError};
-pub use squares::Squares;
+pub use squares::squares;
 pub use weights::{magnitude, random};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

@@ -9,72 +9,31 @@
 
 use super::images::{Images, MeasureError};
 use super::target::{Draw, Output, number_of};
-use crate::autodiff::interface;
-use crate::autodiff::loss::{self, Loss, Reduction};
-use crate::autodiff::{Role, differentiate};
 use crate::data::{Array, ArrayData, Batch};
-use crate::graph::build::Builder;
-use crate::graph::{DType, Graph, ValueId};
-use crate::infer::{self, Facts};
 use crate::runtime::Session;
-use crate::supernet::{SupernetError, rewrite};
+use crate::supernet::Squares;
 
-/// A graph that sums squared gradients.
-#[derive(Clone, Debug)]
-pub struct Squares {
-    /// Inputs: those of the model, and `target.<output>` of each output that counts. Outputs: `grad.square.<n>`, one number each.
-    pub graph: Graph,
-    /// Names of the outputs that count.
-    outputs: Vec<String>,
-    /// Whether the one output holds class scores.
-    is_classes: bool,
-    /// For each value, whether an output that counts depends on it.
-    is_felt: Vec<bool>,
+/// [`Run::measure`].
+pub fn squares(
+    net: &Squares,
+    (forward, step): (&mut dyn Session, &mut dyn Session),
+    images: &Images<'_>,
+    seed: u64,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Option<f64>>, MeasureError> {
+    Run { net }.measure(forward, step, images, seed, progress)
 }
 
-fn name_of(n: usize) -> String {
-    format!("grad.square.{n}")
+/// The graph that is run.
+struct Run<'a> {
+    net: &'a Squares,
 }
 
-impl Squares {
-    /// Of the gradients at `values`, of the cross entropy of the output with class scores, or of the squared errors of all float outputs
-    /// where there is none.
-    ///
-    /// Errors: an output does not fit, or the gradient has to pass an operator that has none.
-    pub fn new(graph: &Graph, classes: Option<ValueId>, values: &[ValueId]) -> Result<Self, SupernetError> {
-        let mut graph = graph.clone();
-        rewrite::drop_noops(&mut graph);
-        graph.sort();
-        let facts = infer::facts(&graph)?;
-        let kind = if classes.is_some() { Loss::SoftCe } else { Loss::Mse };
-        let outputs: Vec<ValueId> = classes.into_iter().collect();
-        // Sums, so that what belongs to an image does not depend on how many others are in its batch.
-        let nodes = loss::add(&mut graph, &facts, kind, &outputs, Reduction::Sum)?;
-        let target = |(v, role): &(ValueId, Role)| {
-            let name = graph.value(*v).name();
-            (*role == Role::Target).then(|| name.strip_prefix("target.").unwrap_or(name).to_string())
-        };
-        let outputs = nodes.inputs.iter().filter_map(target).collect();
-        let facts = infer::facts(&graph)?;
-        let gradients = differentiate(&mut graph, &facts, nodes.loss, values)?;
-        for output in graph.outputs().to_vec() {
-            graph.remove_output(output);
-        }
-        for (n, gradient) in gradients.iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
-            let square = square(&mut graph, &facts, (values[n], *gradient));
-            interface::add_output(&mut graph, square, &name_of(n), vec![])?;
-        }
-        graph.remove_dead(&|_, _| false);
-        graph.sort();
-        let is_felt = gradients.iter().map(Option::is_some).collect();
-        Ok(Self { graph, outputs, is_classes: classes.is_some(), is_felt })
-    }
-
+impl Run<'_> {
     /// Means over images, in the order of the values; `None` where nothing that counts depends on the value.
     ///
     /// `forward` runs the model, `step` the graph of this. `seed` decides what is drawn. Errors: [`MeasureError`].
-    pub fn measure(
+    fn measure(
         &self,
         forward: &mut dyn Session,
         step: &mut dyn Session,
@@ -82,18 +41,18 @@ impl Squares {
         seed: u64,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Vec<Option<f64>>, MeasureError> {
-        let scales = if self.is_classes { vec![1.0] } else { self.variances(forward, images)? };
+        let scales = if self.net.is_classes { vec![1.0] } else { self.variances(forward, images)? };
         let draw = Draw { seed };
-        let mut sums = vec![0.0; self.is_felt.len()];
+        let mut sums = vec![0.0; self.net.is_felt.len()];
         let n = images.each(progress, &mut |batch| {
             let outputs = forward.run(&batch.inputs)?;
             let mut feeds = batch.inputs.clone();
-            for (name, scale) in self.outputs.iter().zip(&scales) {
+            for (name, scale) in self.net.outputs.iter().zip(&scales) {
                 feeds.push((format!("target.{name}"), self.target(&draw, &outputs, name, batch, *scale)?));
             }
             let found = step.run(&feeds)?;
-            for (n, sum) in sums.iter_mut().enumerate().filter(|(n, _)| self.is_felt[*n]) {
-                let name = name_of(n);
+            for (n, sum) in sums.iter_mut().enumerate().filter(|(n, _)| self.net.is_felt[*n]) {
+                let name = Squares::name_of(n);
                 let fault = |reason: &str| MeasureError::Output { name: name.clone(), reason: reason.to_string() };
                 let (_, array) = found.iter().find(|(f, _)| *f == name).ok_or_else(|| fault("the graph does not have it"))?;
                 let square = array.as_f32().first().copied().filter(|s| s.is_finite());
@@ -101,7 +60,7 @@ impl Squares {
             }
             Ok(())
         })?;
-        Ok(sums.iter().zip(&self.is_felt).map(|(sum, is_felt)| is_felt.then_some(sum / n.max(1) as f64)).collect())
+        Ok(sums.iter().zip(&self.net.is_felt).map(|(sum, is_felt)| is_felt.then_some(sum / n.max(1) as f64)).collect())
     }
 
     /// What the loss of one output compares with. Squared errors count over the output's variance, so noise has its inverse.
@@ -115,7 +74,7 @@ impl Squares {
     ) -> Result<Array, MeasureError> {
         let number = number_of(outputs, name, batch.count)?;
         let output = &outputs[number].1;
-        if self.is_classes {
+        if self.net.is_classes {
             return Ok(draw.target(output, Output::ClassScores, number as u64, &batch.samples));
         }
         let target = draw.target(output, Output::Numbers, number as u64, &batch.samples);
@@ -126,10 +85,10 @@ impl Squares {
 
     /// The variance of each output that counts, over images and positions; 1 for one that never varies.
     fn variances(&self, forward: &mut dyn Session, images: &Images<'_>) -> Result<Vec<f64>, MeasureError> {
-        let mut sums = vec![(0.0f64, 0.0f64, 0.0f64, None); self.outputs.len()];
+        let mut sums = vec![(0.0f64, 0.0f64, 0.0f64, None); self.net.outputs.len()];
         images.each(&mut |_, _| {}, &mut |batch| {
             let outputs = forward.run(&batch.inputs)?;
-            for ((count, sum, square, first), name) in sums.iter_mut().zip(&self.outputs) {
+            for ((count, sum, square, first), name) in sums.iter_mut().zip(&self.net.outputs) {
                 let values = outputs[number_of(&outputs, name, batch.count)?].1.as_f32();
                 // About the first value, so that a large mean does not hide a small variance.
                 let origin = *first.get_or_insert(values.first().map_or(0.0, |v| f64::from(*v)));
@@ -142,14 +101,4 @@ impl Squares {
         let variance = |(count, sum, square, _): &(f64, f64, f64, Option<f64>)| square / count - (sum / count).powi(2);
         Ok(sums.iter().map(variance).map(|v| if v > 0.0 { v } else { 1.0 }).collect())
     }
-}
-
-/// The sum of squares of all elements of a gradient. Shape: [].
-fn square(graph: &mut Graph, facts: &Facts, (value, gradient): (ValueId, ValueId)) -> ValueId {
-    let is_float32 = facts.get(value).dtype == Some(DType::F32);
-    let mut b = Builder::new(graph, "grad.square.");
-    let x = if is_float32 { gradient } else { b.cast(gradient, DType::F32) };
-    let flat = b.reshape(x, &[-1]);
-    let squares = b.mul(flat, flat);
-    b.reduce_sum(squares, &[0], false)
 }
