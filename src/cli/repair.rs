@@ -5,6 +5,7 @@ use super::interrupt;
 use super::options::{EngineArgs, ReadArgs};
 use super::talk::Talk;
 use crate::compensate::Repair;
+use crate::curves::How;
 use crate::data::Dataset;
 use crate::pipeline::{self, BasisChoice, CalibrateAsk, Calibrating, Compensation, Model};
 use crate::runtime::SessionOptions;
@@ -29,6 +30,24 @@ impl From<BasisArg> for BasisChoice {
             BasisArg::Auto => BasisChoice::Auto,
             BasisArg::Rotated => BasisChoice::Rotated,
             BasisArg::Original => BasisChoice::Original,
+        }
+    }
+}
+
+/// Where losses of cuts come from.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum CurvesArg {
+    /// The model runs with each group cut and repaired
+    Measured,
+    /// Errors of layers times how much the output feels of them; measured where the model has no such gradient
+    Predicted,
+}
+
+impl From<CurvesArg> for How {
+    fn from(word: CurvesArg) -> Self {
+        match word {
+            CurvesArg::Measured => How::Measured,
+            CurvesArg::Predicted => How::Predicted,
         }
     }
 }
@@ -152,7 +171,7 @@ pub(super) fn looked_at<T>(
     let count = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
     let mut tell = |c: Calibrating| match c {
         Calibrating::Statistics(done, of) => shown.show(count(done), count(of)),
-        Calibrating::Curves(..) | Calibrating::Layers(..) => {}
+        Calibrating::Curves(..) | Calibrating::Gradients(..) | Calibrating::Layers(..) => {}
     };
     let found = interrupt::stoppable(|stop| work(&mut tell, stop));
     shown.done();

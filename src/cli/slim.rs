@@ -5,7 +5,7 @@ use super::failure::Failure;
 use super::inspect::grouped;
 use super::options::{EngineArgs, ForceArgs, ReadArgs, SizeArgs, fraction, runtimes};
 use super::plan::{WidthArgs, ask, asked_promised_got, promise};
-use super::repair::{RepairArgs, Switch};
+use super::repair::{CurvesArg, RepairArgs, Switch};
 use super::slice::{plan_path, write_plan};
 use super::talk::{Talk, clock};
 use super::train::{GateArgs, StepArgs, finetune_config, search_config};
@@ -98,6 +98,9 @@ pub(super) struct Args {
     pub(super) json: bool,
     #[command(flatten)]
     repair: RepairArgs,
+    /// Where the losses of cuts come from: runs of the model, or, much faster, errors of layers times how much the output feels of them
+    #[arg(long, value_enum, default_value_t = CurvesArg::Measured)]
+    curves: CurvesArg,
     /// About how long the losses of cuts are measured, which decides on how many images. Unit: seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]
     curve_time: u32,
@@ -154,7 +157,7 @@ pub(super) fn run(args: &Args, talk: &Talk) -> Result<Verdict, Failure> {
             images: args.repair.images,
             basis: args.repair.basis.into(),
             how: args.repair.how(),
-            curves: CurveTime { seconds: f64::from(args.curve_time), images: args.repair.images },
+            curves: CurveTime { how: args.curves.into(), seconds: f64::from(args.curve_time), images: args.repair.images },
         },
         config,
         finetune,
@@ -421,6 +424,7 @@ fn report(args: &Args, job: &Slim<'_>, s: &Slimmed, run_dir: &Path, took: Durati
         "accuracy": accuracy,
         "latency": s.latency,
         "basis": s.plan.basis,
+        "curves": s.plan.budget.allocation.as_ref().map(|a| &a.curves),
         "repairs": s.repairs,
         "exact": super::slice::exact_json(&s.plan, &s.refused),
         "search": s.search.as_ref().map(|o| json!({ "steps": o.position.step, "loss_task": o.task, "near_zero": o.near_zero })),
@@ -475,6 +479,9 @@ fn table(s: &Slimmed, bytes: (u64, u64)) -> String {
         }
     }
     let mut text = format!("{table}\n");
+    if let Some(a) = &s.plan.budget.allocation {
+        text += &format!("losses of cuts: {}\n", a.curves);
+    }
     if let Some(a) = &s.verdict.accuracy {
         text += &format!("agrees with the original on {}\n", share_words(&counted(a.top1_agreement, a.n)));
     }

@@ -74,6 +74,18 @@ impl Layer {
         ridge::output_variance(rows(&self.moments.fit), &self.weight)
     }
 
+    /// The weight, `[features, outputs]`.
+    pub fn weight(&self) -> &Mat<f64> {
+        &self.weight
+    }
+
+    /// Mean squared error of the output, summed over outputs, on rows that were kept out of the fit, after the repair; 0 where all
+    /// features stay.
+    pub fn error(&self, kept: &BTreeMap<String, Vec<usize>>) -> f64 {
+        let variance = ridge::output_variance(rows(&self.moments.held), &self.weight).max(f64::MIN_POSITIVE);
+        self.repair(kept).map_or(0.0, |(_, told)| told.error * variance)
+    }
+
     /// Repairs what units that are not kept leave behind; `None` where all features stay.
     pub fn repair(&self, kept: &BTreeMap<String, Vec<usize>>) -> Option<(Refit, Repair)> {
         let stays = self.consumer.kept(kept);

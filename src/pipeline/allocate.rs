@@ -13,9 +13,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-/// How long curves may take, and on how many images.
+/// Where curves come from, how long they may take, and on how many images.
 #[derive(Clone, Copy, Debug)]
 pub struct CurveTime {
+    /// Measured, or predicted where that can be.
+    pub how: How,
     /// Unit: seconds, about.
     pub seconds: f64,
     /// Images at most.
@@ -26,7 +28,7 @@ pub struct CurveTime {
 const LEVELS: [f64; 7] = [0.875, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625];
 
 /// Widths of a group that are tried, falling: bundles that stay of each head.
-fn levels(group: &Group) -> Vec<usize> {
+pub(super) fn levels(group: &Group) -> Vec<usize> {
     let all = bundles(group);
     let shares = LEVELS.iter().map(|l| ((l * all as f64).round() as usize).max(1));
     let counts: BTreeSet<usize> = shares.chain([1]).filter(|n| *n < all).collect();
@@ -39,7 +41,7 @@ fn bundles(group: &Group) -> usize {
 }
 
 /// The units that stay where `count` bundles of each head do: the best by `scores`.
-fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
+pub(super) fn best(group: &Group, scores: &[f32], count: usize) -> Vec<usize> {
     best_of_heads(group, scores, &vec![count; group.nest_count()])
 }
 
@@ -72,14 +74,10 @@ impl Calibration {
     ) -> Result<Curves, Error> {
         let failed = |cause: CurveError| Error::Curves { file: model.path.clone(), cause: Box::new(cause) };
         let sha256 = model.sha256()?;
-        let file = self.curves_file(ask.dir);
-        let groups: Vec<&Group> =
-            self.base.anatomy.groups.iter().filter(|g| kinds.contains(&g.kind) && g.kind != Kind::Token).collect();
-        if let Some(file) = file.as_deref().filter(|f| f.exists()) {
-            let known = Curves::read(file, &sha256)?;
-            if groups.iter().all(|g| known.groups.contains_key(&g.id)) {
-                return Ok(known);
-            }
+        let groups = self.groups_of(kinds);
+        let file = self.curves_file(ask.dir, How::Measured);
+        if let Some(known) = known(file.as_deref(), &sha256, &groups)? {
+            return Ok(known);
         }
         let Some(data) = ask.data else {
             let reason = "has no curves of what cuts lose: give images with --data";
@@ -121,9 +119,17 @@ impl Calibration {
     }
 
     /// The file of curves in a folder.
-    pub(super) fn curves_file(&self, dir: Option<&Path>) -> Option<PathBuf> {
+    pub(super) fn curves_file(&self, dir: Option<&Path>, how: How) -> Option<PathBuf> {
         let word = if self.rotated.is_empty() { "original" } else { "rotated" };
-        dir.map(|d| d.join(format!("curves-{word}.json")))
+        dir.map(|d| match how {
+            How::Measured => d.join(format!("curves-{word}.json")),
+            How::Predicted => d.join(format!("curves-predicted-{word}.json")),
+        })
+    }
+
+    /// Groups of these kinds that have units of their own.
+    pub(super) fn groups_of(&self, kinds: &BTreeSet<Kind>) -> Vec<&Group> {
+        self.base.anatomy.groups.iter().filter(|g| kinds.contains(&g.kind) && g.kind != Kind::Token).collect()
     }
 
     /// Constants that trials of a group edit.
@@ -175,6 +181,13 @@ impl Calibration {
         }
         edits
     }
+}
+
+/// The curves of a file, where it has all of these groups.
+pub(super) fn known(file: Option<&Path>, sha256: &str, groups: &[&Group]) -> Result<Option<Curves>, Error> {
+    let Some(file) = file.filter(|f| f.exists()) else { return Ok(None) };
+    let known = Curves::read(file, sha256)?;
+    Ok(groups.iter().all(|g| known.groups.contains_key(&g.id)).then_some(known))
 }
 
 /// Curves as a plan takes them.

@@ -72,6 +72,8 @@ pub enum Calibrating {
     Statistics(u64, u64),
     /// Trials measured, and of how many.
     Curves(usize, usize),
+    /// Images that gradients were taken of, and of how many.
+    Gradients(usize, usize),
     /// Layers repaired in order, and of how many.
     Layers(usize, usize),
 }
@@ -85,6 +87,8 @@ pub struct Calibration {
     pub scores: Scores,
     /// Groups in the basis of the data.
     pub rotated: BTreeSet<String>,
+    /// For each head of a `qk` group whose queries and keys can be seen: what pairs of its dims add to the mean square of a logit.
+    pub(super) logits: BTreeMap<String, Vec<Mat<f64>>>,
     /// Groups that stay in the basis of the model, and why.
     pub refused: Vec<Refused>,
     /// Groups whose layers cannot be repaired, and why.
@@ -163,6 +167,8 @@ pub(super) fn calibrate_from(
     for (r, b) in &bases {
         scores.groups.insert(r.group.clone(), b.carried.iter().map(|c| *c as f32).collect());
     }
+    let logits = base.anatomy.groups.iter().filter(|g| g.kind == Kind::Qk);
+    let logits = logits.filter_map(|g| Some((g.id.clone(), shares_of_logits(&base, g, &found, &bases)?))).collect();
     let rotated: BTreeSet<String> = bases.into_iter().map(|(r, _)| r.group).collect();
     let others: Vec<&Group> = base.anatomy.groups.iter().filter(|g| !rotated.contains(&g.id)).collect();
     let orders = on_all_cores(&others, |group| match group.kind {
@@ -172,7 +178,7 @@ pub(super) fn calibrate_from(
     for (group, order) in others.iter().zip(orders) {
         scores.groups.extend(order.map(|s| (group.id.clone(), s)));
     }
-    Ok(Calibration { base, layers, scores, rotated, refused, unrepaired, images: found.images })
+    Ok(Calibration { base, layers, scores, rotated, logits, refused, unrepaired, images: found.images })
 }
 
 /// What `f` gives for each item, in their order, on as many threads as the process may use.
@@ -256,7 +262,7 @@ fn probes(base: &Analysed, consumers: &[Consumer]) -> (Vec<Probe>, BTreeMap<Stri
 }
 
 /// The operands of the product in which a `qk` group is contracted, where both can be seen.
-fn queries_and_keys(base: &Analysed, group: &Group) -> Option<(Site, Site)> {
+pub(super) fn queries_and_keys(base: &Analysed, group: &Group) -> Option<(Site, Site)> {
     let [site] = &group.sites[..] else { return None };
     let node = base.graph.node(site.at.node);
     if node.domain() == "com.microsoft" && node.op() != "FusedMatMul" {
@@ -330,7 +336,7 @@ pub(super) fn stats_error(model: &Model, cause: StatsError) -> Error {
 }
 
 /// Positions of a head in a site: one list per head of the group and per query head that shares its keys.
-fn heads_of(index: &[Option<usize>], heads: usize, width: usize) -> Vec<Vec<Vec<usize>>> {
+pub(super) fn heads_of(index: &[Option<usize>], heads: usize, width: usize) -> Vec<Vec<Vec<usize>>> {
     let mut at: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for (position, unit) in index.iter().enumerate() {
         if let Some(unit) = unit {
@@ -375,6 +381,28 @@ fn basis_of(graph: &Graph, r: &Rotatable, found: &Stats, layers: &[Layer]) -> Op
             basis::of_values(&block_sums(&moment, &heads, r.width), &heads.iter().map(rows).collect::<Vec<_>>())
         }
     }
+}
+
+/// For each head, `[E, E]`: of queries and keys that are independent of each other, the mean square of what the dims J add to a logit is
+/// the sum of the elements `J x J`, in sum over the heads of queries that share the keys. Without a rotation that is the product, element by
+/// element, of both second moments; in the rotated basis both are the same diagonal, so it is that of the squared singular values.
+fn shares_of_logits(base: &Analysed, group: &Group, found: &Stats, bases: &[(Rotatable, Basis)]) -> Option<Vec<Mat<f64>>> {
+    let (q, k) = queries_and_keys(base, group)?;
+    let (heads, width) = (group.nest_count(), group.stored.len());
+    let lists = |site: &Site| heads_of(&site.index, heads, width);
+    let second = |name: &str| Some(found.probes.get(&format!("{name}.{}", group.id))?.fit.second());
+    let (second_q, second_k) = (second("q")?, second("k")?);
+    let (of_q, of_k) = (block_sums(&second_q, &lists(&q), width), block_sums(&second_k, &lists(&k), width));
+    let rotated = bases.iter().find(|(r, _)| r.group == group.id).map(|(_, b)| b);
+    // Keys that are repeated, one copy for each head of queries, would count once for each pair of copies.
+    let copies: Vec<f64> = lists(&k).iter().map(|l| l.len() as f64).collect();
+    let share = |head: usize, i: usize, j: usize| match rotated {
+        Some(basis) if i == j => basis.carried[head * width + i],
+        Some(_) => 0.0,
+        None => of_q[head][(i, j)] * of_k[head][(i, j)],
+    };
+    let is_whole = copies.iter().all(|c| *c > 0.0) && lists(&q).iter().all(|l| !l.is_empty());
+    is_whole.then(|| (0..heads).map(|h| Mat::from_fn(width, width, |i, j| share(h, i, j) / copies[h])).collect())
 }
 
 /// The greatest difference that a change of basis may make. Unit: share of the largest element of a value.

@@ -7,7 +7,7 @@ use super::{Error, Model};
 use crate::anatomy::Group;
 use crate::basis;
 use crate::compensate;
-use crate::curves::Curves;
+use crate::curves::{Curves, How};
 use crate::plan::{Losses, Plan};
 use crate::score::Scores;
 use std::collections::BTreeMap;
@@ -112,7 +112,9 @@ pub fn read_measured(
     stop: &AtomicBool,
 ) -> Result<Measured, Error> {
     let found = calibrate(model, ask, tell, stop)?;
-    let curves = match found.curves_file(ask.dir).filter(|f| f.is_file()) {
+    // Measured ones where there are both.
+    let mut files = [How::Measured, How::Predicted].into_iter().filter_map(|how| found.curves_file(ask.dir, how));
+    let curves = match files.find(|f| f.is_file()) {
         Some(file) => Some(Curves::read(&file, &model.sha256()?)?),
         None => None,
     };

@@ -4,14 +4,16 @@
 //! and is what accuracy is measured on.
 
 use super::allocate::{CurveTime, Repaired, cut_calibrated, cut_trained, losses};
-use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Compensation, calibrate};
+use super::calibrate::{BasisChoice, CalibrateAsk, Calibrating, Calibration, Compensation, calibrate};
 use super::edit::{Cut, cut, record_trained};
+use super::predict::Predicted;
 use super::train::{EvalAsk, SearchAsk, bench, bench_feeds, check_search, evaluate, finetune, search};
 use super::{Error, Model, ProofData, analyse, before_after, check_not_chance, class_output, make_plan, prove};
 use crate::anatomy::Kind;
 use crate::bench as latency;
 use crate::compensate::Repair;
 use crate::cost::Sizes;
+use crate::curves::{Curves, How};
 use crate::data::Dataset;
 use crate::eval::Evaluation;
 use crate::exact::Refused;
@@ -186,6 +188,7 @@ impl From<Calibrating> for Event {
         match what {
             Calibrating::Statistics(done, of) => Event::Count("image", count(done), count(of)),
             Calibrating::Curves(done, of) => Event::Count("cut", done, of),
+            Calibrating::Gradients(done, of) => Event::Count("image", done, of),
             Calibrating::Layers(done, of) => Event::Count("layer", done, of),
         }
     }
@@ -378,14 +381,35 @@ impl Slim<'_> {
             let plan = (Path::new("plan"), &plan);
             return cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop);
         };
-        tell(Event::Stage("measuring what cuts lose"));
-        let curves = found.curves(self.model, &ask, &self.repair.curves, kinds, &mut |c| tell(c.into()), stop)?;
+        let curves = self.curves(&found, &ask, kinds, tell, stop)?;
         let limits = Limits { losses: Some(losses(&curves)), ..self.limits.clone() };
         let mut plan = make_plan(self.model, &found.scores, self.ask, self.asked, &limits)?;
         plan.seed = self.config.seed;
         tell(Event::Stage("cutting"));
         let plan = (Path::new("plan"), &plan);
         cut_calibrated(self.model, plan, &found, (self.repair.how, false), &ask, &mut |c| tell(c.into()), stop)
+    }
+
+    /// What cuts lose: predicted where that is asked for and can be, else measured.
+    fn curves(
+        &self,
+        found: &Calibration,
+        ask: &CalibrateAsk<'_>,
+        kinds: &BTreeSet<Kind>,
+        tell: &mut dyn FnMut(Event),
+        stop: &AtomicBool,
+    ) -> Result<Curves, Error> {
+        if self.repair.curves.how == How::Predicted {
+            tell(Event::Stage("predicting what cuts lose"));
+            match found.predicted(self.model, ask, kinds, &mut |c| tell(c.into()), stop)? {
+                Predicted::Curves(curves) => return Ok(curves),
+                Predicted::Refused(reason) => {
+                    tell(Event::Note(format!("no curves can be predicted: {reason}; they are measured")))
+                }
+            }
+        }
+        tell(Event::Stage("measuring what cuts lose"));
+        found.curves(self.model, ask, &self.repair.curves, kinds, &mut |c| tell(c.into()), stop)
     }
 
     /// Cuts what a search trained, and repairs it.

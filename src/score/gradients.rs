@@ -12,7 +12,7 @@
 
 use super::block;
 use super::images::{Images, MeasureError};
-use super::target::{Draw, Output};
+use super::target::{Draw, Output, number_of};
 use super::{Criterion, Scores};
 use crate::anatomy::Group;
 use crate::autodiff::Role;
@@ -85,21 +85,12 @@ fn feeds(
     draw: &Draw,
 ) -> Result<Vec<(String, Array)>, MeasureError> {
     let mut feeds = batch.inputs.clone();
-    let number = |name: &str| {
-        let missing = || MeasureError::Output { name: name.to_string(), reason: "the model does not have it".into() };
-        let number = outputs.iter().position(|(n, _)| n == name).ok_or_else(missing)?;
-        if outputs[number].1.dims.first() == Some(&batch.count) {
-            return Ok(number);
-        }
-        let reason = format!("is {:?}, expected one entry of its first axis per image", outputs[number].1.dims);
-        Err(MeasureError::Output { name: name.to_string(), reason })
-    };
     for spec in &net.inputs {
         let array = match spec.role {
             Role::Input | Role::Labels | Role::Param | Role::Moment => continue,
             Role::Target => {
                 let name = spec.name.strip_prefix("target.").unwrap_or(&spec.name);
-                let number = number(name)?;
+                let number = number_of(outputs, name, batch.count)?;
                 let of = if classes == Some(name) { Output::ClassScores } else { Output::Numbers };
                 draw.target(&outputs[number].1, of, number as u64, &batch.samples)
             }

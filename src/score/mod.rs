@@ -7,12 +7,14 @@ mod activation;
 mod block;
 mod gradients;
 mod images;
+mod squares;
 mod target;
 mod weights;
 
 pub use activation::{Probed, activation, probe};
 pub use gradients::{Engines, gradients};
 pub use images::{Images, MeasureError};
+pub use squares::squares;
 pub use weights::{magnitude, random};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};

@@ -8,6 +8,7 @@
 //! `2 / n` there.
 //! What is drawn for an image depends on the seed, the image and the output, not on the batch that the image falls to.
 
+use super::images::MeasureError;
 use crate::data::{Array, ArrayData};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -49,6 +50,20 @@ impl Draw {
         }
         Array { dims: output.dims.clone(), data: ArrayData::F32(values) }
     }
+}
+
+/// The place of an output by its name.
+///
+/// Errors: it is not there, or its first axis does not go by images.
+pub(super) fn number_of(outputs: &[(String, Array)], name: &str, count: usize) -> Result<usize, MeasureError> {
+    let fault = |reason: String| MeasureError::Output { name: name.to_string(), reason };
+    let missing = || fault("the model does not have it".into());
+    let number = outputs.iter().position(|(n, _)| n == name).ok_or_else(missing)?;
+    let dims = &outputs[number].1.dims;
+    if dims.first() == Some(&count) {
+        return Ok(number);
+    }
+    Err(fault(format!("is {dims:?}, expected one entry of its first axis per image")))
 }
 
 /// Class scores become soft labels `p - u`, where u is Gaussian with the covariance `diag(p) - p p^T`.

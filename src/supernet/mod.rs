@@ -14,6 +14,7 @@ pub mod gate;
 pub mod params;
 pub mod rewrite;
 mod spread;
+mod squares;
 pub mod token;
 
 use crate::autodiff::interface::{self, InputSpec, Role};
@@ -27,6 +28,7 @@ pub use from_anatomy::gates_of;
 use gate::Gates;
 pub use gate::{GateGroup, GateSite};
 pub use params::{Frozen, Param};
+pub use squares::Squares;
 use std::collections::BTreeMap;
 pub use token::{TokenGate, TokenSite};
 
