@@ -13,7 +13,10 @@ use crate::data::{Array, ArrayData, Batch};
 use crate::runtime::Session;
 use crate::supernet::Squares;
 
-/// [`Run::measure`].
+/// The mean over images of the sum of squares of the loss's gradient with respect to each value, `None` where no output depends on it.
+/// `progress` gets images done and images of all.
+///
+/// Errors: [`MeasureError`].
 pub fn squares(
     net: &Squares,
     (forward, step): (&mut dyn Session, &mut dyn Session),
